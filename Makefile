@@ -1,0 +1,50 @@
+# `make demo` and `make test` from a bare checkout: Python 3.11, g++ and make are all that must be there. The virtual
+# environment .venv, the pinned requirements and the build are made on the way, and again only when what they depend on
+# has changed.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+LIBRARY := torch_attn/lib/libtorch_attn.so
+BUILD_SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc cmake -type f)
+CPP_SOURCES = $(shell find csrc examples tests -name '*.h' -o -name '*.cpp')
+
+.PHONY: build test lint format demo clean FORCE
+
+build: $(VENV)/.installed
+
+test: lint build
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.requirements
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP_SOURCES)
+
+format: $(VENV)/.requirements
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_SOURCES)
+
+demo: build
+	$(BIN)/python examples/digits_vit/demo.py
+
+clean:
+	rm -rf build torch_attn.egg-info torch_attn/lib torch_attn/share examples/digits_vit/out $(VENV)/.built $(VENV)/.installed
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.requirements: requirements-dev.txt | $(BIN)/python
+	$(BIN)/python -m pip install -q -r requirements-dev.txt
+	@touch $@
+
+# CMake compiles what changed and puts it into torch_attn/, where the editable install finds it.
+$(VENV)/.built: $(BUILD_SOURCES) $(VENV)/.requirements $(if $(wildcard $(LIBRARY)),,FORCE)
+	$(BIN)/python setup.py -q build_ext --inplace
+	@touch $@
+
+$(VENV)/.installed: setup.py pyproject.toml $(VENV)/.built
+	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
+	@touch $@
+
+FORCE:

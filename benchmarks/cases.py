@@ -1,0 +1,131 @@
+"""What is timed: one list of cases, each a pair of calls (ours, PyTorch's) on the same inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import torch_attn
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention shape with its options; ``draw`` makes the options that are tensors."""
+
+    name: str
+    batch: int
+    heads: int
+    query_length: int
+    key_length: int
+    head_dim: int
+    kv_heads: int = 0  # 0: as many as heads
+    options: dict[str, Any] = field(default_factory=dict)
+    draw: Callable[[Case, torch.dtype], dict[str, Any]] | None = None
+    group: str = "shapes"
+    forward_only: bool = False
+
+    def visible_share(self) -> float:
+        """The share of the (L, S) scores that are computed by a kernel that skips what is masked by position."""
+        if "window_left" in self.options:
+            rows = torch.arange(self.query_length)
+            return float(torch.minimum(rows, torch.tensor(self.options["window_left"])).add(1).sum()) / (
+                self.query_length * self.key_length
+            )
+        return 0.5 if self.options.get("is_causal") else 1.0
+
+    def flops(self, mode: str) -> float:
+        """Multiply-adds count two. Forward is 2 matrix products, backward 5 (FlashAttention's convention: 3.5 in all)."""
+        products = 4 * self.batch * self.heads * self.query_length * self.key_length * self.head_dim
+        return products * self.visible_share() * (1 if mode == "forward" else 3.5)
+
+    def inputs(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        kv_heads = self.kv_heads or self.heads
+
+        def make(heads: int, length: int) -> Tensor:
+            return torch.randn(self.batch, heads, length, self.head_dim).to(dtype)
+
+        return (
+            make(self.heads, self.query_length),
+            make(kv_heads, self.key_length),
+            make(kv_heads, self.key_length),
+        )
+
+    def kwargs(self, dtype: torch.dtype) -> dict[str, Any]:
+        drawn = self.draw(self, dtype) if self.draw else {}
+        return {**self.options, **drawn, **({"enable_gqa": True} if self.kv_heads else {})}
+
+
+def ours(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    return torch_attn.attention(query, key, value, **options)
+
+
+def torchs(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """SDPA; a window, which it lacks, becomes the boolean mask a user would write."""
+    if "window_left" in options:
+        left = options.pop("window_left")
+        options.pop("is_causal", None)
+        rows = torch.arange(query.size(-2))[:, None]
+        keys = torch.arange(key.size(-2))
+        options["attn_mask"] = (keys <= rows) & (keys >= rows - left)
+    return F.scaled_dot_product_attention(query, key, value, **options)
+
+
+def key_padding(case: Case, dtype: torch.dtype) -> dict[str, Any]:
+    lengths = torch.linspace(case.key_length // 2, case.key_length, case.batch).long()
+    return {"attn_mask": (torch.arange(case.key_length) < lengths[:, None])[:, None, None]}
+
+
+def bool_mask(case: Case, dtype: torch.dtype) -> dict[str, Any]:
+    return {"attn_mask": torch.rand(case.query_length, case.key_length) > 0.1}
+
+
+def float_mask(case: Case, dtype: torch.dtype) -> dict[str, Any]:
+    return {"attn_mask": torch.randn(1, case.heads, case.query_length, case.key_length).to(dtype)}
+
+
+def with_causal(*cases: Case) -> list[Case]:
+    causal = [
+        Case(**{**c.__dict__, "name": f"{c.name} causal", "options": {**c.options, "is_causal": True}}) for c in cases
+    ]
+    return [c for pair in zip(cases, causal, strict=True) for c in pair]
+
+
+CASES = [
+    *with_causal(
+        Case("B1 H8 L16 D64", 1, 8, 16, 16, 64, group="small"),
+        Case("B1 H8 L512 D64", 1, 8, 512, 512, 64),
+        Case("B2 H8 L1024 D64", 2, 8, 1024, 1024, 64),
+        Case("B1 H8 L4096 D64", 1, 8, 4096, 4096, 64),
+        Case("B1 H8 L2048 D128", 1, 8, 2048, 2048, 128),
+        Case("BERT-base B8 H12 L128 D64", 8, 12, 128, 128, 64),
+        Case("ViT-B B4 H12 L197 D64", 4, 12, 197, 197, 64),
+        Case("B1 H2 L8192 D64", 1, 2, 8192, 8192, 64, group="long"),
+        Case("B1 H1 L16384 D64", 1, 1, 16384, 16384, 64, group="long"),
+        *(Case(f"B1 H8 L1024 D{d}", 1, 8, 1024, 1024, d, group="dims") for d in (32, 80, 96, 256)),
+        Case("GQA 32/8 B1 L1024 D128", 1, 32, 1024, 1024, 128, kv_heads=8, group="gqa"),
+    ),
+    Case("key padding B4 H8 L1024 D64", 4, 8, 1024, 1024, 64, draw=key_padding, group="masks"),
+    Case("bool mask B1 H8 L2048 D64", 1, 8, 2048, 2048, 64, draw=bool_mask, group="masks"),
+    Case("float mask B1 H8 L2048 D64", 1, 8, 2048, 2048, 64, draw=float_mask, group="masks"),
+    Case("dropout 0.1 B1 H8 L2048 D64", 1, 8, 2048, 2048, 64, options={"dropout_p": 0.1}, group="masks"),
+    Case(
+        "window 1024 B1 H1 L16384 D64",
+        1,
+        1,
+        16384,
+        16384,
+        64,
+        options={"is_causal": True, "window_left": 1024},
+        group="long",
+    ),
+    *(
+        Case(f"decode B1 H32 Lq{n} Lk4096 D128", 1, 32, n, 4096, 128, group="decode", forward_only=True)
+        for n in (1, 4, 16)
+    ),
+    Case("decode GQA 32/8 B1 Lq1 Lk4096 D128", 1, 32, 1, 4096, 128, kv_heads=8, group="decode", forward_only=True),
+]

@@ -1,0 +1,61 @@
+"""Compiles and runs peak.cpp: FMA peak and read bandwidth of this machine, on as many threads as torch uses."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+
+FMA_ROUNDS = 2_000_000
+
+
+@cache
+def library() -> ctypes.CDLL:
+    out = Path(tempfile.mkdtemp()) / "peak.so"
+    source = Path(__file__).with_name("peak.cpp")
+    subprocess.run(["g++", "-O3", "-march=native", "-shared", "-fPIC", source, "-o", out], check=True)
+    lib = ctypes.CDLL(str(out))
+    lib.fma.argtypes, lib.fma.restype = [ctypes.c_int64], ctypes.c_float
+    lib.fma_flops.argtypes, lib.fma_flops.restype = [ctypes.c_int64], ctypes.c_double
+    lib.stream_read.argtypes, lib.stream_read.restype = [ctypes.c_void_p, ctypes.c_int64], ctypes.c_float
+    return lib
+
+
+def on_all_threads(call: Callable[[], object]) -> None:
+    threads = [threading.Thread(target=call) for _ in range(torch.get_num_threads() - 1)]
+    for t in threads:
+        t.start()
+    call()
+    for t in threads:
+        t.join()
+
+
+def best_seconds(call: Callable[[], object], rounds: int = 5) -> float:
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    best = float("inf")
+    for _ in range(rounds):
+        start = clock()
+        on_all_threads(call)
+        best = min(best, clock() - start)
+    return best
+
+
+def fma_peak() -> float:
+    """Floating-point operations a second in float32."""
+    seconds = best_seconds(lambda: library().fma(FMA_ROUNDS))
+    return library().fma_flops(FMA_ROUNDS) * torch.get_num_threads() / seconds
+
+
+def read_bandwidth() -> float:
+    """Bytes a second read from a 512 MiB buffer, which no cache holds."""
+    data = torch.zeros(1 << 27)
+    share = data.numel() // torch.get_num_threads()
+    seconds = best_seconds(lambda: library().stream_read(data.data_ptr(), share))
+    return 4 * share * torch.get_num_threads() / seconds

@@ -1,0 +1,89 @@
+"""Prints results as a table and writes them, with the machine and the command, as JSON and as a plot."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from .run import Result
+
+HEADER = f"{'case':40} {'dtype':9} {'mode':17} {'thr':>3} {'speedup (quartiles)':>22} {'% peak':>7} {'error ours/torch':>20}"
+
+
+def format_row(r: Result) -> str:
+    speed = f"{r.speedup:6.2f}x ({r.speedup_low:.2f} to {r.speedup_high:.2f})"
+    error = "" if r.error_ours is None or r.error_torch is None else f"{r.error_ours:.1e} / {r.error_torch:.1e}"
+    share = f"{100 * r.share_of_bandwidth:4.0f}% bw" if r.share_of_bandwidth is not None else f"{100 * r.share_of_peak:6.0f}%"
+    return f"{r.case:40} {r.dtype:9} {r.mode:17} {r.threads:3d} {speed:>22} {share:>7} {error:>20}"
+
+
+def geometric_means(results: Iterable[Result]) -> dict[str, float]:
+    groups: dict[str, list[float]] = defaultdict(list)
+    for r in results:
+        groups[f"{r.dtype} {r.mode} {r.threads} threads"].append(r.speedup)
+    return {name: math.exp(sum(map(math.log, s)) / len(s)) for name, s in groups.items()}
+
+
+def machine() -> dict[str, object]:
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", *args], capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+        return done.stdout.strip()
+
+    cpu = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        cpu = next((s.split(":")[1].strip() for s in info.read_text().splitlines() if s.startswith("model name")), cpu)
+    return {
+        "cpu": cpu,
+        "instruction_set": torch.ops.torch_attn.cpu_isa(),
+        "torch": torch.__version__,
+        "commit": git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain") else ""),
+        "command": "python -m benchmarks " + " ".join(sys.argv[1:]),
+    }
+
+
+def write_json(results: list[Result], limits: list[dict[str, float]], path: Path) -> None:
+    document = {
+        "machine": machine(),
+        "limits": limits,
+        "geometric_means": geometric_means(results),
+        "results": [r.as_dict() for r in results],
+    }
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def write_plot(results: list[Result], path: Path) -> None:
+    """One bar a case and mode, one panel a dtype and thread count; the line at 1 is PyTorch's SDPA."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels: dict[tuple[str, int], list[Result]] = defaultdict(list)
+    for r in results:
+        panels[(r.dtype, r.threads)].append(r)
+    height = max(len({r.case for r in rows}) for rows in panels.values()) * 0.3 + 1.5
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels) + 2, height), squeeze=False, sharey=True)
+    for axis, ((dtype, threads), rows) in zip(axes[0], panels.items(), strict=True):
+        cases = list(dict.fromkeys(r.case for r in rows))
+        modes = list(dict.fromkeys(r.mode for r in rows))
+        for m, mode in enumerate(modes):
+            chosen = [r for r in rows if r.mode == mode]
+            places = [cases.index(r.case) + (m - (len(modes) - 1) / 2) * 0.38 for r in chosen]
+            axis.barh(places, [r.speedup for r in chosen], height=0.36, label=mode)
+        axis.axvline(1, color="black", linewidth=1)
+        axis.set_yticks(range(len(cases)), cases)
+        axis.set_xlabel("times faster than PyTorch's SDPA")
+        axis.set_title(f"{dtype}, {threads} thread{'s' if threads > 1 else ''}")
+        axis.legend()
+    axes[0][0].invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,86 @@
+// AttentionProblem: one attention call as plain data. ops/make_problem.cpp fills it from tensors (and is the only place
+// that does); every kernel, on the CPU and on CUDA, reads nothing else. No Torch type appears here or below core/.
+#pragma once
+
+#include <cstdint>
+
+#include "macros.h"
+
+namespace torch_attn {
+
+enum class ScalarType : uint8_t { kFloat64, kFloat32, kBFloat16, kFloat16, kBool };
+
+// A tensor of four dimensions, named (batch, head, row, column) throughout: query is (B, Hq, L, D), key (B, Hkv, S, D),
+// value (B, Hkv, S, Dv), a mask (B, Hq, L, S). Strides count elements; a broadcast dimension has stride 0.
+struct TensorView {
+  void* data = nullptr;
+  int64_t stride[4] = {0, 0, 0, 0};
+  ScalarType dtype = ScalarType::kFloat32;
+
+  TA_HOST_DEVICE bool defined() const { return data != nullptr; }
+};
+
+// "No bound" for a window: larger than any length, small enough that sums of two of them do not overflow.
+constexpr int64_t kUnbounded = int64_t{1} << 60;
+
+// Where row 0 of the query lies on the key axis: at key 0 (PyTorch's is_causal), or so that the last row meets the last
+// valid key (a query that continues a key/value cache).
+enum class Alignment : uint8_t { kTopLeft, kBottomRight };
+
+// Every kernel requires: query, key and value of one dtype with column stride 1; Hq a multiple of Hkv; sizes ≥ 0.
+// "Accumulator type" below is float64 for float64 inputs and float32 for all others.
+struct AttentionProblem {
+  int64_t batch = 0;
+  int64_t heads = 0;     // Hq
+  int64_t kv_heads = 0;  // Hkv; query head h reads key/value head h / (Hq / Hkv)
+  int64_t query_length = 0;
+  int64_t key_length = 0;
+  int64_t head_dim = 0;
+  int64_t value_dim = 0;
+  ScalarType dtype = ScalarType::kFloat32;
+
+  TensorView query, key, value;
+
+  // score = softcap(scale · q·k) + alibi + attn_mask; see score_mod.h.
+  double scale = 1.0;
+  double softcap = 0.0;       // 0: off
+  TensorView attn_mask;       // kBool (true: attend) or a floating dtype (added); undefined: none; any strides
+  TensorView alibi_slopes;    // (batch, head) strides only, accumulator type; undefined: none
+  TensorView sinks;           // (head) stride only, accumulator type: a logit per head that joins the softmax's sum
+
+  // Which keys a row may attend; see mask.h. is_causal has been folded into window_right by make_problem.
+  int64_t window_left = kUnbounded;
+  int64_t window_right = kUnbounded;
+  Alignment alignment = Alignment::kTopLeft;
+  const int64_t* key_lengths = nullptr;  // (B), each in [0, S]; null: all are S
+
+  // See dropout.h. The seed and offset come from the op's rng_state.
+  double dropout_p = 0.0;
+  uint64_t philox_seed = 0;
+  uint64_t philox_offset = 0;
+  // On CUDA the two numbers lie in device memory, so that a captured graph draws anew at each replay: then this points at
+  // them (seed, offset) and the fields above are not read. Always null on the CPU.
+  const int64_t* rng_state = nullptr;
+
+  TA_HOST_DEVICE int64_t group_size() const { return kv_heads == 0 ? 1 : heads / kv_heads; }
+};
+
+// What a forward kernel writes. logsumexp is (B, Hq, L), contiguous, accumulator type; out has column stride 1.
+struct ForwardOutputs {
+  TensorView out;
+  void* logsumexp = nullptr;
+};
+
+// What a backward kernel reads beside the problem, and writes. Every gradient may be undefined: then it is not wanted.
+// grad_out has column stride 1. grad_query, grad_key and grad_value are of the problem's dtype with column stride 1 and
+// need no initialisation. grad_attn_mask (accumulator type) has the mask's own sizes: stride 0 marks a dimension over
+// which the mask was broadcast and its gradient is summed. grad_alibi_slopes is (B, Hq), contiguous, accumulator type.
+struct BackwardTensors {
+  TensorView out, grad_out;
+  const void* logsumexp = nullptr;       // (B, Hq, L), contiguous, accumulator type
+  const void* grad_logsumexp = nullptr;  // the same; null: zero
+  TensorView grad_query, grad_key, grad_value, grad_attn_mask;
+  void* grad_alibi_slopes = nullptr;
+};
+
+}  // namespace torch_attn

@@ -1,0 +1,55 @@
+// The functions of kernels.h: the ISA's choice, and the dropout bits, which need no vector code of their own.
+#include "../core/dropout.h"
+#include "kernel_table.h"
+
+namespace torch_attn::cpu {
+namespace {
+
+const KernelTable& active_kernels() {
+  switch (active_isa()) {
+#if defined(__x86_64__)
+    case Isa::kAvx2: return kAvx2Kernels;
+    case Isa::kAvx512: return kAvx512Kernels;
+#endif
+    default: return kBaselineKernels;
+  }
+}
+
+struct KeepMaskTask {
+  const AttentionProblem& problem;
+  bool* out;
+};
+
+// One (batch, head, row) of the keep mask.
+void write_keep_row(void* context, int64_t index) {
+  const auto& [p, out] = *static_cast<const KeepMaskTask*>(context);
+  const Dropout dropout = Dropout::make(p.dropout_p, p.philox_seed, p.philox_offset);
+  const int64_t batch_head = index / p.query_length, row = index % p.query_length;
+  bool* keep = out + index * p.key_length;
+  for (int64_t key = 0; key < p.key_length; key += Dropout::kKeysPerCall) {
+    const auto words =
+        Philox4x32::generate(dropout.counter(batch_head, row, key), static_cast<uint32_t>(dropout.seed),
+                             static_cast<uint32_t>(dropout.seed >> 32));
+    for (int64_t i = 0; i < Dropout::kKeysPerCall && key + i < p.key_length; ++i) {
+      keep[key + i] = words.word[i] >= dropout.threshold && p.dropout_p < 1;
+    }
+  }
+}
+
+}  // namespace
+
+void attention_forward(const AttentionProblem& problem, const ForwardOutputs& outputs, const Parallel& parallel) {
+  active_kernels().forward(problem, outputs, parallel);
+}
+
+void attention_backward(const AttentionProblem& problem, const BackwardTensors& tensors, const Parallel& parallel) {
+  active_kernels().backward(problem, tensors, parallel);
+}
+
+void dropout_keep_mask(const AttentionProblem& problem, bool* out, const Parallel& parallel) {
+  KeepMaskTask task{problem, out};
+  const int64_t rows = problem.batch * problem.heads * problem.query_length;
+  if (rows > 0) parallel.run(parallel.context, rows, write_keep_row, &task);
+}
+
+}  // namespace torch_attn::cpu

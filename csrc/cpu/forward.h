@@ -1,0 +1,211 @@
+// The forward pass: for each block of query rows, one walk over the keys that it attends (Dao et al. 2022, alg. 1).
+// Included by instantiate/*.cpp.
+#pragma once
+
+#include "../core/online_softmax.h"
+#include "dropout_tile.h"
+#include "kernel_table.h"
+#include "score_tile.h"
+#include "tasks.h"
+
+namespace torch_attn::cpu::TORCH_ATTN_ISA {
+
+// Block sizes: a panel's scores and a block of keys and values should stay in the L1 and L2 caches.
+constexpr int64_t kForwardRows = 192;
+constexpr int64_t kForwardKeys = 64;
+constexpr int64_t kFewQueries = 16;  // see key_value_rows
+
+// The softmax stage: scores become weights (not yet divided by their sum), in place, and the running sum is brought up to
+// date. maximum is the new maximum, old_maximum what it was before this tile; rescale gets the factor for the output.
+template <class Real, int kVectors>
+TA_NOINLINE void softmax_tile(int64_t begin, int64_t end, Real* scores, const Real* old_maximum, const Real* maximum,
+                              Real* sum, Real* rescale) {
+  using Math = VectorMath<Real>;
+  using Softmax = OnlineSoftmax<Math>;
+  constexpr int n_lanes = kLanes<Real>, width = kVectors * n_lanes;
+  Vec<Real> subtracted[kVectors], tile_sum[kVectors] = {};
+#pragma GCC unroll 4
+  for (int n = 0; n < kVectors; ++n) {
+    const Vec<Real> highest = load(maximum + n * n_lanes);
+    store(rescale + n * n_lanes, Softmax::rescale(load(old_maximum + n * n_lanes), highest));
+    subtracted[n] = Softmax::safe_maximum(highest);
+  }
+  for (int64_t j = begin; j < end; ++j) {
+#pragma GCC unroll 4
+    for (int n = 0; n < kVectors; ++n) {
+      Real* place = scores + j * width + n * n_lanes;
+      const Vec<Real> weight = Math::exp(load(place) - subtracted[n]);
+      tile_sum[n] += weight;
+      store(place, weight);
+    }
+  }
+#pragma GCC unroll 4
+  for (int n = 0; n < kVectors; ++n) {
+    store(sum + n * n_lanes, load(sum + n * n_lanes) * load(rescale + n * n_lanes) + tile_sum[n]);
+  }
+}
+
+template <class Real>
+struct Forward {
+  const AttentionProblem& p;
+  const ForwardOutputs& outputs;
+  Dropout dropout;
+  int64_t block_rows, row_blocks;
+
+  Forward(const AttentionProblem& problem, const ForwardOutputs& out, int threads)
+      : p(problem), outputs(out), dropout(Dropout::make(problem.dropout_p, problem.philox_seed, problem.philox_offset)) {
+    int64_t most = kForwardRows;
+    const auto items = [&] { return p.batch * p.heads * ((p.query_length + most - 1) / most); };
+    while (most > 2 * kMaxVectors * kLanes<Real> && items() < 4 * threads) most /= 2;
+    block_rows = balanced_block<Real>(p.query_length, most);
+    row_blocks = (p.query_length + block_rows - 1) / block_rows;
+  }
+
+  int64_t items() const { return p.batch * p.heads * row_blocks; }
+
+  // The state of one block of rows while it walks over the keys.
+  struct Block {
+    int64_t batch, head, row, rows;
+    Panels panels;
+    Real *query, *out;                    // panels: [lane offset · dim][dim][lane]
+    Real *maximum, *old_maximum, *sum, *rescale;  // [lane]
+    Real *scores, *keep, *bias, *staging;  // one tile
+  };
+
+  void run(int64_t item, Scratch& scratch) const {
+    Block block;
+    block.batch = item / (p.heads * row_blocks);
+    block.head = item / row_blocks % p.heads;
+    block.row = (row_blocks - 1 - item % row_blocks) * block_rows;  // with a causal mask, long rows first
+    block.rows = smaller(block_rows, p.query_length - block.row);
+    block.panels = Panels::of<Real>(block.rows);
+    const int64_t lanes = block.panels.lanes;
+    const ScoreStage<Real> stage(p, block.batch, block.head);
+    const int64_t kv_head = block.head / (p.heads / p.kv_heads);
+    constexpr int64_t tile = kForwardKeys * kMaxVectors * kLanes<Real>;
+
+    block.query = scratch.take<Real>(lanes * p.head_dim);
+    block.out = scratch.take<Real>(lanes * p.value_dim);
+    for (Real** array : {&block.maximum, &block.old_maximum, &block.sum, &block.rescale}) *array = scratch.take<Real>(lanes);
+    block.scores = scratch.take<Real>(tile);
+    block.keep = scratch.take<Real>(p.dropout_p > 0 ? tile : 0);
+    block.bias = scratch.take<Real>(stage.mask ? tile : 0);
+    block.staging = scratch.take<Real>(stage.mask ? tile : 0);
+    Real* key_scratch = scratch.take<Real>(kForwardKeys * p.head_dim);
+    Real* value_scratch = scratch.take<Real>(kForwardKeys * p.value_dim);
+
+    load_query(block, scratch);
+    start(block);
+    const bool few_queries = block.rows <= kFewQueries;
+    const KeyRange range = stage.band.keys_of_any(block.row, block.row + block.rows);
+    for (int64_t key = range.begin; key < range.end; key += kForwardKeys) {
+      const int64_t keys = smaller(kForwardKeys, range.end - key);
+      BiasTile<Real> bias;
+      if (stage.mask_is_per_key()) {
+        if (!load_bias_per_key(stage, key, keys, block.bias)) continue;
+        bias.per_key = block.bias;
+      }
+      const Rows<Real> key_rows =
+          key_value_rows(p.key, block.batch, kv_head, key, keys, p.head_dim, few_queries, key_scratch);
+      const Rows<Real> value_rows =
+          key_value_rows(p.value, block.batch, kv_head, key, keys, p.value_dim, few_queries, value_scratch);
+      for (int i = 0; i < block.panels.count; ++i) {
+        with_vectors(block.panels.vectors[i], [&]<int kVectors>() {
+          add_keys<kVectors>(block, block.panels.offset[i], stage, bias, key, keys, key_rows, value_rows);
+        });
+      }
+    }
+    finish(block, scratch);
+  }
+
+  void load_query(const Block& block, Scratch& scratch) const {
+    Real* memory = scratch.take<Real>(block.rows * round_up(p.head_dim, kLanes<Real>));
+    const Rows<Real> rows = padded_rows(p.query, block.batch, block.head, block.row, block.rows, p.head_dim, memory);
+    for (int i = 0; i < block.panels.count; ++i) {
+      const int64_t offset = block.panels.offset[i];
+      pack_panel(block.query + offset * p.head_dim, block.panels.vectors[i] * kLanes<Real>,
+                 rows.data + offset * rows.stride, rows.stride, block.rows - offset, p.head_dim);
+    }
+  }
+
+  // A sink is a key that is always attended and has value 0.
+  void start(const Block& block) const {
+    const Real lowest = -static_cast<Real>(__builtin_inf());
+    Real sink = lowest;
+    if (p.sinks.defined()) sink = static_cast<const Real*>(p.sinks.data)[block.head * p.sinks.stride[1]];
+    fill<Real>(block.maximum, sink, block.panels.lanes);
+    fill<Real>(block.sum, sink == lowest ? 0 : 1, block.panels.lanes);
+    fill<Real>(block.out, 0, block.panels.lanes * p.value_dim);
+  }
+
+  // Lets one panel, the one that starts at lane offset, attend one block of keys.
+  template <int kVectors>
+  TA_NOINLINE void add_keys(const Block& block, int64_t offset, const ScoreStage<Real>& stage, BiasTile<Real> bias,
+                            int64_t key, int64_t keys, Rows<Real> key_rows, Rows<Real> value_rows) const {
+    constexpr int64_t width = kVectors * kLanes<Real>;
+    const int64_t row = block.row + offset, rows = smaller(width, block.rows - offset);
+    const KeySpan span = KeySpan::of(stage.band, row, rows, key, keys, kTileRows<kVectors>);
+    if (span.empty()) return;
+    if (stage.mask && bias.per_key == nullptr) {
+      if (!load_bias_per_lane(stage, row, rows, width, key, span.begin, span.end, block.staging, block.bias)) return;
+      bias.per_lane = block.bias;
+    }
+    Real *maximum = block.maximum + offset, *old_maximum = block.old_maximum + offset, *rescale = block.rescale + offset;
+    __builtin_memcpy(old_maximum, maximum, width * sizeof(Real));
+    score_tile<Real, kVectors, true>(stage, bias, span, p.head_dim, key_rows, block.query + offset * p.head_dim, row, key,
+                                     block.scores, nullptr, maximum);
+    softmax_tile<Real, kVectors>(span.begin, span.end, block.scores, old_maximum, maximum, block.sum + offset, rescale);
+    if (p.dropout_p > 0) {
+      drop<kVectors>(block, row, key, span);
+    }
+    combine_rows<Real, kVectors, true>(p.value_dim, span.end - span.begin,
+                                       value_rows.data + span.begin * value_rows.stride, value_rows.stride,
+                                       block.scores + span.begin * width, block.out + offset * p.value_dim, rescale);
+  }
+
+  template <int kVectors>
+  TA_NOINLINE void drop(const Block& block, int64_t row, int64_t key, const KeySpan& span) const {
+    constexpr int64_t width = kVectors * kLanes<Real>;
+    const int64_t count = span.end - span.begin;
+    dropout_tile<Real, kVectors>(dropout, static_cast<Real>(Dropout::keep_scale(p.dropout_p)),
+                                 block.batch * p.heads + block.head, row, key + span.begin, count, block.keep);
+    Real* weights = block.scores + span.begin * width;
+    for (int64_t i = 0; i < count * width; i += kLanes<Real>) store(weights + i, load(weights + i) * load(block.keep + i));
+  }
+
+  void finish(const Block& block, Scratch& scratch) const {
+    using Softmax = OnlineSoftmax<VectorMath<Real>>;
+    constexpr int n_lanes = kLanes<Real>;
+    Real* rows = scratch.take<Real>(kMaxVectors * n_lanes * round_up(p.value_dim, n_lanes));
+    for (int64_t i = 0; i < block.panels.lanes; i += n_lanes) {
+      const Vec<Real> sum = load(block.sum + i);
+      store(block.maximum + i, Softmax::logsumexp(load(block.maximum + i), sum));
+      store(block.sum + i, Softmax::inverse_sum(sum));
+    }
+    Real* logsumexp =
+        static_cast<Real*>(outputs.logsumexp) + (block.batch * p.heads + block.head) * p.query_length + block.row;
+    __builtin_memcpy(logsumexp, block.maximum, block.rows * sizeof(Real));
+    for (int i = 0; i < block.panels.count; ++i) {
+      const int64_t offset = block.panels.offset[i], width = block.panels.vectors[i] * n_lanes;
+      store_panel(outputs.out, block.batch, block.head, block.row + offset, smaller(width, block.rows - offset),
+                  p.value_dim, block.out + offset * p.value_dim, width, block.sum + offset, rows);
+    }
+  }
+};
+
+template <class Real>
+void forward_as(const AttentionProblem& problem, const ForwardOutputs& outputs, const Parallel& parallel) {
+  if (problem.batch * problem.heads * problem.query_length == 0) return;
+  const Forward<Real> forward(problem, outputs, parallel.threads);
+  for_each_item(parallel, forward.items(), [&](int64_t item, Scratch& scratch) { forward.run(item, scratch); });
+}
+
+inline void attention_forward(const AttentionProblem& problem, const ForwardOutputs& outputs, const Parallel& parallel) {
+  if (problem.dtype == ScalarType::kFloat64) {
+    forward_as<double>(problem, outputs, parallel);
+  } else {
+    forward_as<float>(problem, outputs, parallel);
+  }
+}
+
+}  // namespace torch_attn::cpu::TORCH_ATTN_ISA

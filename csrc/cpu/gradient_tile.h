@@ -1,0 +1,132 @@
+// The elementwise stage of the backward pass: one tile of weights and of the scores' gradient. Included by backward.h and
+// mask_gradient.h.
+#pragma once
+
+#include "dropout_tile.h"
+#include "row_block.h"
+
+namespace torch_attn::cpu::TORCH_ATTN_ISA {
+
+// In: weights holds scores s, gradients holds g = grad_out·value. Out: the weights after dropout, and the gradient
+//   P · (keep · g − delta) · derivative · factor,  P = exp(s − logsumexp) · weight_scale.
+// keep, derivative and weight_scale are null where they are 1; kPlain says that all are.
+template <class Real, int kVectors, bool kPlain>
+TA_NOINLINE void weights_and_gradients(int64_t begin, int64_t end, Real* weights, Real* gradients,
+                                       const Real* logsumexp, const Real* delta, Real factor, const Real* weight_scale,
+                                       const Real* keep, const Real* derivative) {
+  using Math = VectorMath<Real>;
+  constexpr int n_lanes = kLanes<Real>, width = kVectors * n_lanes;
+  Vec<Real> row_logsumexp[kVectors], row_delta[kVectors];
+#pragma GCC unroll 4
+  for (int n = 0; n < kVectors; ++n) {
+    row_logsumexp[n] = load(logsumexp + n * n_lanes);
+    row_delta[n] = load(delta + n * n_lanes);
+  }
+  for (int64_t j = begin; j < end; ++j) {
+#pragma GCC unroll 4
+    for (int n = 0; n < kVectors; ++n) {
+      const int64_t place = j * width + n * n_lanes;
+      Vec<Real> weight = Math::exp(load(weights + place) - row_logsumexp[n]);
+      Vec<Real> gradient = load(gradients + place);
+      if constexpr (kPlain) {
+        store(weights + place, weight);
+        store(gradients + place, weight * (gradient - row_delta[n]) * factor);
+        continue;
+      }
+      if (weight_scale != nullptr) weight *= load(weight_scale + n * n_lanes);
+      Vec<Real> kept = weight;
+      if (keep != nullptr) {
+        kept *= load(keep + place);
+        gradient *= load(keep + place);
+      }
+      store(weights + place, kept);
+      gradient = weight * (gradient - row_delta[n]) * factor;
+      store(gradients + place, derivative == nullptr ? gradient : gradient * load(derivative + place));
+    }
+  }
+}
+
+// The factor and derivative that lead from the scores' gradient to the dots'.
+template <class Real>
+struct Chain {
+  Real factor = 1;
+  const Real* derivative = nullptr;
+};
+
+// Multiplies a tile of score gradients by chain, and returns their sum weighted by d score / d ALiBi slope.
+template <class Real, int kVectors>
+TA_NOINLINE Real sum_slope_gradient(const ScoreStage<Real>& stage, int64_t row, int64_t key, int64_t begin, int64_t end,
+                                    Real* gradients, Chain<Real> chain) {
+  using Math = VectorMath<Real>;
+  constexpr int n_lanes = kLanes<Real>, width = kVectors * n_lanes;
+  Vec<Real> sum{};
+  for (int n = 0; n < kVectors; ++n) {
+    Vec<Real> position{};
+    for (int i = 0; i < n_lanes; ++i) position[i] = static_cast<Real>(stage.band.position(row + n * n_lanes + i) - key);
+    for (int64_t j = begin; j < end; ++j) {
+      Real* place = gradients + j * width + n * n_lanes;
+      const Vec<Real> gradient = load(place);
+      sum += gradient * ScoreMod<Math>::alibi_derivative(splat(static_cast<Real>(j)) - position);
+      const Vec<Real> chained = gradient * chain.factor;
+      store(place, chain.derivative == nullptr ? chained : chained * load(chain.derivative + j * width + n * n_lanes));
+    }
+  }
+  return sum_of_lanes<Real>(sum);
+}
+
+// Weights and score gradients of one panel with one block of keys.
+template <class Real>
+struct GradientTile {
+  const AttentionProblem& p;
+  Dropout dropout;
+  TileScratch<Real> scratch;
+
+  GradientTile(const AttentionProblem& problem, Scratch& memory)
+      : p(problem),
+        dropout(Dropout::make(problem.dropout_p, problem.philox_seed, problem.philox_offset)),
+        scratch(problem, memory) {}
+
+  enum class Wanted {
+    kScoreGradients,  // d loss / d score
+    kDotGradients,    // d loss / d (q·k)
+    kWeightsOnly,
+  };
+
+  // For the panel at lane offset and the keys of span. False where nothing is attended: then nothing is written.
+  // slope_gradient, if wanted, is added to.
+  template <int kVectors>
+  TA_INLINE bool compute(const RowBlock<Real>& block, const ScoreStage<Real>& stage, int64_t offset, int64_t key,
+                         const KeySpan& span, Rows<Real> key_rows, Rows<Real> value_rows, Wanted wanted, Real* weights,
+                         Real* gradients, Real* slope_gradient) const {
+    constexpr int64_t width = kVectors * kLanes<Real>;
+    const int64_t row = block.row + offset;
+    BiasTile<Real> bias;
+    if (!block.template load_bias<kVectors>(stage, scratch, offset, key, span, bias)) return false;
+    score_tile<Real, kVectors, false>(stage, bias, span, p.head_dim, key_rows, block.query + offset * p.head_dim, row, key,
+                                      weights, scratch.derivative, nullptr);
+    if (wanted != Wanted::kWeightsOnly) {
+      dot_rows<Real, kVectors, false>(span.begin, span.end, p.value_dim, value_rows.data, value_rows.stride,
+                                      block.grad_out + offset * p.value_dim, 1, gradients, nullptr);
+    }
+    const Real* keep = nullptr;
+    if (p.dropout_p > 0) {
+      dropout_tile<Real, kVectors>(dropout, static_cast<Real>(Dropout::keep_scale(p.dropout_p)),
+                                   block.batch * p.heads + block.head, row, key + span.begin, span.end - span.begin,
+                                   scratch.keep + span.begin * width);
+      keep = scratch.keep;
+    }
+    const Real* weight_scale = block.weight_scale == nullptr ? nullptr : block.weight_scale + offset;
+    const Chain<Real> chain = stage.softcap ? Chain<Real>{1, scratch.derivative} : Chain<Real>{stage.mod.scale, nullptr};
+    const Chain<Real> now = wanted == Wanted::kDotGradients && slope_gradient == nullptr ? chain : Chain<Real>{};
+    const bool plain = weight_scale == nullptr && keep == nullptr && now.derivative == nullptr;
+    (plain ? weights_and_gradients<Real, kVectors, true> : weights_and_gradients<Real, kVectors, false>)(
+        span.begin, span.end, weights, gradients, block.logsumexp + offset, block.delta + offset, now.factor, weight_scale,
+        keep, now.derivative);
+    if (slope_gradient != nullptr) {
+      *slope_gradient += sum_slope_gradient<Real, kVectors>(stage, row, key, span.begin, span.end, gradients, chain);
+    }
+    return true;
+  }
+};
+
+}  // namespace torch_attn::cpu::TORCH_ATTN_ISA

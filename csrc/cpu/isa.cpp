@@ -1,0 +1,80 @@
+// Run-time detection of the instruction set; see isa.h.
+#include "isa.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+namespace torch_attn::cpu {
+namespace {
+
+constexpr Isa kAllIsas[] = {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512};
+
+bool is_supported(Isa isa) {
+#if defined(__x86_64__)
+  // The same sets as the compile flags in CMakeLists.txt.
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return isa == Isa::kBaseline || (isa == Isa::kAvx2 && avx2) || (isa == Isa::kAvx512 && avx512);
+#else
+  return isa == Isa::kBaseline;
+#endif
+}
+
+std::string supported_names() {
+  std::string names;
+  for (const Isa isa : supported_isas()) names += (names.empty() ? "" : ", ") + std::string(isa_name(isa));
+  return names;
+}
+
+// source says who named it, for the error.
+Isa parse_isa(const std::string& name, const std::string& source) {
+  for (const Isa isa : kAllIsas) {
+    if (name != isa_name(isa)) continue;
+    if (is_supported(isa)) return isa;
+    throw std::invalid_argument(source + " is \"" + name + "\", which this CPU or build does not support; it supports " +
+                                supported_names() + ".");
+  }
+  throw std::invalid_argument(source + " is \"" + name + "\", which is not an instruction set; use one of " +
+                              supported_names() + ".");
+}
+
+Isa initial_isa() {
+  const char* wanted = std::getenv("TORCH_ATTN_CPU_ISA");
+  if (wanted == nullptr || *wanted == '\0') return supported_isas().back();
+  return parse_isa(wanted, "TORCH_ATTN_CPU_ISA");
+}
+
+// An initial_isa that throws leaves the static uninitialised, so that the next call throws again.
+std::atomic<Isa>& current_isa() {
+  static std::atomic<Isa> isa{initial_isa()};
+  return isa;
+}
+
+}  // namespace
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::kAvx2: return "avx2";
+    case Isa::kAvx512: return "avx512";
+    default: return "baseline";
+  }
+}
+
+std::vector<Isa> supported_isas() {
+  std::vector<Isa> isas;
+  for (const Isa isa : kAllIsas) {
+    if (is_supported(isa)) isas.push_back(isa);
+  }
+  return isas;
+}
+
+Isa active_isa() { return current_isa().load(std::memory_order_relaxed); }
+
+void force_isa(const std::string& name) {
+  current_isa().store(parse_isa(name, "isa"), std::memory_order_relaxed);
+}
+
+}  // namespace torch_attn::cpu

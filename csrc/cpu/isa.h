@@ -1,0 +1,24 @@
+// Which instruction sets the kernels were compiled for, which of them this CPU has, and which one runs. Included by
+// kernels.h; torch_attn.info and the tests read it through the ops.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace torch_attn::cpu {
+
+enum class Isa { kBaseline, kAvx2, kAvx512 };
+
+const char* isa_name(Isa isa);  // "baseline", "avx2", "avx512": the values of TORCH_ATTN_CPU_ISA
+
+// In ascending order; the baseline is always there.
+std::vector<Isa> supported_isas();
+
+// The best supported one, or the one that the environment variable TORCH_ATTN_CPU_ISA names. The variable is read once.
+// Throws std::invalid_argument (on every call) when it names no ISA or one that this CPU or build lacks.
+Isa active_isa();
+
+// Runs this one from now on, in every thread, as the tests do to try each. Throws like active_isa.
+void force_isa(const std::string& name);
+
+}  // namespace torch_attn::cpu

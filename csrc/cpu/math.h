@@ -1,0 +1,97 @@
+// VectorMath: the Math policy that core/score_mod.h and core/online_softmax.h ask for, on vectors of lanes. Included by
+// the kernel headers.
+#pragma once
+
+#include "vec.h"
+
+namespace torch_attn::cpu::TORCH_ATTN_ISA {
+
+// exp(r) = 1 + r + r²·(c[0] + c[1]·r + …) for |r| ≤ ln(2) / 2; minimax in relative error (float 3.1e-9, double 3.7e-18).
+// x = n·ln(2) + r, where n·kLn2High is exact (Cody and Waite 1980). Adding kRounder leaves n plus the exponent's bias in the
+// low mantissa bits, ready to be shifted into 2^n.
+template <class Real>
+struct ExpConstants;
+
+template <>
+struct ExpConstants<float> {
+  static constexpr float kRounder = 12583039.0f;  // 1.5 · 2^23 + 127
+  static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  static constexpr float kLowest = -87.33f;  // below, the result is flushed to 0: denormals are slow
+  static constexpr int kMantissaBits = 23;
+  static constexpr float kPolynomial[] = {0.49999993411977853f, 0.16666520102727809f, 0.041668394315873607f,
+                                          0.0083687808838756529f, 0.0013814462047779557f};
+};
+
+template <>
+struct ExpConstants<double> {
+  static constexpr double kRounder = 6755399441056767.0;  // 1.5 · 2^52 + 1023
+  static constexpr double kLn2High = 6.93147180369123816490e-01, kLn2Low = 1.90821492927058770002e-10;
+  static constexpr double kLowest = -708.39;
+  static constexpr int kMantissaBits = 52;
+  static constexpr double kPolynomial[] = {0.50000000000000107228,    0.16666666666666410214,   0.041666666666529173616,
+                                           0.0083333333334956257898,  0.0013888888943926320422, 0.00019841269504775810238,
+                                           0.000024801492759232351359, 2.7557587323963716065e-6, 2.7630379812409104754e-7,
+                                           2.4999973124174449886e-8};
+};
+
+template <class RealType>
+struct VectorMath {
+  using Real = RealType;
+  using Value = Vec<Real>;
+  using Int = IntVec<Real>;
+  using Constants = ExpConstants<Real>;
+
+  static TA_INLINE Value splat(Real x) { return x - Value{}; }
+  static TA_INLINE Value negative_infinity() { return splat(-static_cast<Real>(__builtin_inf())); }
+  static TA_INLINE Value select_equal(Value a, Value b, Value if_equal, Value otherwise) {
+    return a == b ? if_equal : otherwise;
+  }
+  static TA_INLINE Value abs(Value x) { return (Value)((Int)x & ~(Int)splat(Real(-0.0))); }
+
+  // About 1 ulp; a NaN stays one. The kernels only pass x ≤ 0, up to rounding; above 88 (double: 709) the result is
+  // undefined.
+  static TA_INLINE Value exp(Value x) {
+    const Reduced reduced = reduce(x);
+    const Value y = (reduced.slope * reduced.r + splat(1)) * reduced.power;
+    return x < splat(Constants::kLowest) ? splat(0) : y;
+  }
+
+  // About 2 ulp, also near 0: with t = exp(−2|x|) − 1 kept as 2^n·(exp(r) − 1) + (2^n − 1), tanh|x| = −t / (t + 2).
+  static TA_INLINE Value tanh(Value x) {
+    const Value doubled = cpu::TORCH_ATTN_ISA::max(splat(Constants::kLowest), abs(x) * splat(-2));
+    const Reduced reduced = reduce(doubled);
+    const Value t = reduced.slope * reduced.r * reduced.power + (reduced.power - splat(1));
+    const Value magnitude = -t / (t + splat(2));
+    const Int sign = (Int)x & (Int)splat(Real(-0.0));
+    return (Value)((Int)magnitude | sign);
+  }
+
+  // Once a row, so lane by lane.
+  static TA_INLINE Value log(Value x) {
+    for (int i = 0; i < kLanes<Real>; ++i) x[i] = log(x[i]);
+    return x;
+  }
+
+ private:
+  struct Reduced {
+    Value r;
+    Value slope;  // (exp(r) − 1) / r
+    Value power;  // 2^n
+  };
+  static TA_INLINE Reduced reduce(Value x) {
+    const Value shifted = x * splat(Real(1.4426950408889634074)) + splat(Constants::kRounder);
+    const Value n = shifted - splat(Constants::kRounder);
+    const Value r = (x - n * splat(Constants::kLn2High)) - n * splat(Constants::kLn2Low);
+    constexpr int kTerms = sizeof(Constants::kPolynomial) / sizeof(Real);
+    Value slope = splat(Constants::kPolynomial[kTerms - 1]);
+#pragma GCC unroll 16
+    for (int i = kTerms - 2; i >= 0; --i) slope = slope * r + splat(Constants::kPolynomial[i]);
+    slope = slope * r + splat(1);
+    const Int power = (Int)shifted << Constants::kMantissaBits;
+    return {r, slope, (Value)power};
+  }
+  static TA_INLINE float log(float x) { return __builtin_logf(x); }
+  static TA_INLINE double log(double x) { return __builtin_log(x); }
+};
+
+}  // namespace torch_attn::cpu::TORCH_ATTN_ISA

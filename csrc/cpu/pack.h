@@ -1,0 +1,126 @@
+// Moves blocks of rows between tensors and the kernels' own layouts: rows of accumulator type, and panels, which are
+// transposed so that neighbouring lanes hold neighbouring rows. Included by forward.h and backward.h.
+#pragma once
+
+#include "convert.h"
+
+namespace torch_attn::cpu::TORCH_ATTN_ISA {
+
+// A matrix of accumulator type with column stride 1.
+template <class Real>
+struct Rows {
+  const Real* data;
+  int64_t stride;
+};
+
+// Converts rows × columns elements into out, whose rows are out_stride ≥ columns apart; the gap is filled with zeros.
+template <class Real>
+TA_INLINE void load_rows(Real* out, int64_t out_stride, const TensorView& view, const char* first, int64_t rows,
+                         int64_t columns) {
+  const int64_t step = view.stride[2] * element_size(view.dtype);
+  for (int64_t i = 0; i < rows; ++i) {
+    load_row(out + i * out_stride, view.dtype, first + i * step, 1, columns);
+    for (int64_t j = columns; j < out_stride; ++j) out[i * out_stride + j] = 0;
+  }
+}
+
+template <class Real>
+constexpr ScalarType kStoredAs = sizeof(Real) == 8 ? ScalarType::kFloat64 : ScalarType::kFloat32;
+
+// Query-side rows [row, row + rows) of one head, readable in whole vectors: in place where their type and width allow it,
+// else converted into scratch (rows × round_up(columns, lanes), padded with zeros).
+template <class Real>
+TA_INLINE Rows<Real> padded_rows(const TensorView& view, int64_t batch, int64_t head, int64_t row, int64_t rows,
+                                 int64_t columns, Real* scratch) {
+  const char* first = element(view, batch, head, row);
+  if (view.dtype == kStoredAs<Real> && columns % kLanes<Real> == 0) {
+    return {reinterpret_cast<const Real*>(first), view.stride[2]};
+  }
+  const int64_t stride = round_up(columns, kLanes<Real>);
+  load_rows(scratch, stride, view, first, rows, columns);
+  return {scratch, stride};
+}
+
+// Key-side rows [row, row + rows) of one head, in place where the type and layout allow it and else converted into scratch
+// (rows × columns). Rows far apart are copied as well: at strides like 2 KiB a block's rows share few cache sets. The
+// copy is cheap beside the block's products, which read each element once per query row; with few rows it is not.
+template <class Real>
+TA_INLINE Rows<Real> key_value_rows(const TensorView& view, int64_t batch, int64_t head, int64_t row, int64_t rows,
+                                    int64_t columns, bool few_queries, Real* scratch) {
+  const char* first = element(view, batch, head, row);
+  if (view.dtype == kStoredAs<Real> && (few_queries || view.stride[2] == columns)) {
+    return {reinterpret_cast<const Real*>(first), view.stride[2]};
+  }
+  load_rows(scratch, columns, view, first, rows, columns);
+  return {scratch, columns};
+}
+
+// panel[j · width + i] = in[i · in_stride + j] for i < rows and j < columns; the lanes from rows to width are zero.
+// Reads in up to a multiple of the vector length beyond columns: in must be padded so.
+template <class Real>
+TA_NOINLINE void pack_panel(Real* panel, int64_t width, const Real* in, int64_t in_stride, int64_t rows,
+                            int64_t columns) {
+  constexpr int n = kLanes<Real>;
+  for (int64_t i0 = 0; i0 < width; i0 += n) {
+    for (int64_t j0 = 0; j0 < columns; j0 += n) {
+      Vec<Real> tile[n];
+#pragma GCC unroll 16
+      for (int i = 0; i < n; ++i) tile[i] = i0 + i < rows ? load(in + (i0 + i) * in_stride + j0) : Vec<Real>{};
+      transpose_in_registers<Real>(tile);
+#pragma GCC unroll 16
+      for (int j = 0; j < n; ++j) {
+        if (j0 + j < columns) store(panel + (j0 + j) * width + i0, tile[j]);
+      }
+    }
+  }
+}
+
+// The inverse, for whole vectors of columns: out[i · out_stride + j] = panel[j · width + i] · factor[i] for i < rows.
+template <class Real>
+TA_NOINLINE void unpack_panel(Real* out, int64_t out_stride, const Real* panel, int64_t width, const Real* factor,
+                              int64_t rows, int64_t columns) {
+  constexpr int n = kLanes<Real>;
+  for (int64_t i0 = 0; i0 < rows; i0 += n) {
+    const Vec<Real> multiplier = load(factor + i0);
+    for (int64_t j0 = 0; j0 < columns; j0 += n) {
+      Vec<Real> tile[n];
+#pragma GCC unroll 16
+      for (int j = 0; j < n; ++j) {
+        tile[j] = j0 + j < columns ? load(panel + (j0 + j) * width + i0) * multiplier : Vec<Real>{};
+      }
+      transpose_in_registers<Real>(tile);
+#pragma GCC unroll 16
+      for (int i = 0; i < n; ++i) {
+        if (i0 + i < rows) store(out + (i0 + i) * out_stride + j0, tile[i]);
+      }
+    }
+  }
+}
+
+template <class Real>
+TA_INLINE void store_rows(const TensorView& view, char* first, const Real* in, int64_t in_stride, int64_t rows,
+                          int64_t columns) {
+  const int64_t step = view.stride[2] * element_size(view.dtype);
+  for (int64_t i = 0; i < rows; ++i) store_row(first + i * step, view.dtype, in + i * in_stride, columns);
+}
+
+// Writes a panel's rows, times factor[row], to a tensor. scratch holds rows × round_up(columns, lanes).
+template <class Real>
+TA_INLINE void store_panel(const TensorView& view, int64_t batch, int64_t head, int64_t row, int64_t rows,
+                           int64_t columns, const Real* panel, int64_t width, const Real* factor, Real* scratch) {
+  char* first = element(view, batch, head, row);
+  if (view.dtype == kStoredAs<Real> && columns % kLanes<Real> == 0) {
+    unpack_panel(reinterpret_cast<Real*>(first), view.stride[2], panel, width, factor, rows, columns);
+    return;
+  }
+  const int64_t stride = round_up(columns, kLanes<Real>);
+  unpack_panel(scratch, stride, panel, width, factor, rows, columns);
+  store_rows(view, first, scratch, stride, rows, columns);
+}
+
+template <class Real>
+TA_INLINE void fill(Real* out, Real value, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) out[i] = value;
+}
+
+}  // namespace torch_attn::cpu::TORCH_ATTN_ISA

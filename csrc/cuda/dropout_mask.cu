@@ -1,0 +1,30 @@
+// The dropout bits written out, for the op that the composite path and the tests use.
+#include "head_score.cuh"
+#include "launch.h"
+
+namespace torch_attn::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+// A thread writes the four keys of one Philox call.
+__global__ void __launch_bounds__(kThreads) dropout_mask_kernel(const __grid_constant__ AttentionProblem p, bool* out) {
+  const int64_t groups = ceil_div(p.key_length, Dropout::kKeysPerCall);
+  const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  const int64_t row_index = index / groups, key = index % groups * Dropout::kKeysPerCall;
+  if (row_index >= p.batch * p.heads * p.query_length) return;
+  const uint32_t kept = kept_keys(make_dropout(p), row_index / p.query_length, row_index % p.query_length,
+                                  key / Dropout::kKeysPerCall);
+  for (int i = 0; i < Dropout::kKeysPerCall && key + i < p.key_length; ++i)
+    out[row_index * p.key_length + key + i] = p.dropout_p < 1 && (kept >> i & 1);
+}
+
+}  // namespace
+
+void dropout_keep_mask(const AttentionProblem& p, bool* out, const Stream& stream) {
+  const int64_t groups = (p.key_length + Dropout::kKeysPerCall - 1) / Dropout::kKeysPerCall;
+  const int64_t calls = p.batch * p.heads * p.query_length * groups;
+  launch(dropout_mask_kernel, (calls + kThreads - 1) / kThreads, kThreads, 0, stream, p, out);
+}
+
+}  // namespace torch_attn::cuda

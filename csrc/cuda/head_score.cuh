@@ -1,0 +1,134 @@
+// One head's scores: what turns q·k into the number that the softmax sees, and the weight's dropout bit. The device side
+// of core/score_mod.h, mask.h and dropout.h, shared by all tiers.
+#pragma once
+
+#include "../core/dropout.h"
+#include "../core/mask.h"
+#include "../core/online_softmax.h"
+#include "../core/score_mod.h"
+#include "numeric.cuh"
+
+namespace torch_attn::cuda {
+
+// attn_mask of one (batch, head): what it adds to the score of (row, key).
+struct HeadMask {
+  const unsigned char* data;  // null: no mask
+  int64_t row_stride, key_stride;
+  ScalarType dtype;
+
+  template <class Real>
+  TA_DEVICE Real bias(int64_t row, int64_t key) const {
+    const int64_t i = row * row_stride + key * key_stride;
+    switch (dtype) {
+      case ScalarType::kBool:
+        return data[i] ? Real(0) : Math<Real>::negative_infinity();
+      case ScalarType::kFloat64:
+        return static_cast<Real>(reinterpret_cast<const double*>(data)[i]);
+      case ScalarType::kFloat32:
+        return static_cast<Real>(reinterpret_cast<const float*>(data)[i]);
+      case ScalarType::kBFloat16:
+        return static_cast<Real>(load(reinterpret_cast<const BFloat16*>(data) + i));
+      case ScalarType::kFloat16:
+        return static_cast<Real>(load(reinterpret_cast<const Float16*>(data) + i));
+    }
+    return 0;
+  }
+};
+
+TA_DEVICE int element_size(ScalarType type) {
+  switch (type) {
+    case ScalarType::kFloat64:
+      return 8;
+    case ScalarType::kFloat32:
+      return 4;
+    case ScalarType::kBool:
+      return 1;
+    default:
+      return 2;
+  }
+}
+
+TA_DEVICE Dropout make_dropout(const AttentionProblem& p) {
+  const uint64_t seed = p.rng_state ? static_cast<uint64_t>(p.rng_state[0]) : p.philox_seed;
+  const uint64_t offset = p.rng_state ? static_cast<uint64_t>(p.rng_state[1]) : p.philox_offset;
+  return Dropout::make(p.dropout_p, seed, offset);
+}
+
+// Whether bit i of the result is set: key 4 · group + i is kept.
+TA_DEVICE uint32_t kept_keys(const Dropout& dropout, int64_t batch_head, int64_t row, int64_t group) {
+  const auto words = Philox4x32::generate(dropout.counter(batch_head, row, group * Dropout::kKeysPerCall),
+                                          static_cast<uint32_t>(dropout.seed),
+                                          static_cast<uint32_t>(dropout.seed >> 32));
+  uint32_t bits = 0;
+#pragma unroll
+  for (int i = 0; i < Dropout::kKeysPerCall; ++i) bits |= (words.word[i] >= dropout.threshold ? 1u : 0u) << i;
+  return bits;
+}
+
+// Query rows [begin, end).
+struct RowRange {
+  int64_t begin, end;
+};
+
+template <class Real>
+struct HeadScore {
+  BandMask band;
+  ScoreMod<Math<Real>> mod;
+  HeadMask mask;
+  bool dropout_on;
+  Real keep_scale;
+  Dropout dropout;
+  int64_t batch_head;
+  int64_t query_length;
+
+  TA_DEVICE HeadScore(const AttentionProblem& p, int64_t batch, int64_t head)
+      : band(band_mask(p, batch)),
+        mod{static_cast<Real>(p.scale), static_cast<Real>(p.softcap), 0},
+        mask{nullptr, p.attn_mask.stride[2], p.attn_mask.stride[3], p.attn_mask.dtype},
+        dropout_on(p.dropout_p > 0),
+        keep_scale(static_cast<Real>(Dropout::keep_scale(p.dropout_p))),
+        dropout{},
+        batch_head(batch * p.heads + head),
+        query_length(p.query_length) {
+    if (p.alibi_slopes.defined())
+      mod.slope = static_cast<const Real*>(
+          p.alibi_slopes.data)[batch * p.alibi_slopes.stride[0] + head * p.alibi_slopes.stride[1]];
+    if (p.attn_mask.defined())
+      mask.data = static_cast<const unsigned char*>(p.attn_mask.data) +
+                  (batch * p.attn_mask.stride[0] + head * p.attn_mask.stride[1]) * element_size(p.attn_mask.dtype);
+    if (dropout_on) dropout = make_dropout(p);
+  }
+
+  // Whether the scores of these rows and keys need no test and no mask.
+  TA_DEVICE bool unmasked(int64_t row_begin, int64_t row_end, int64_t key_begin, int64_t key_end) const {
+    const KeyRange all = band.keys_of_all(row_begin, row_end);
+    return !mask.data && all.begin <= key_begin && key_end <= all.end;
+  }
+
+  // Rows that may attend some key of [key_begin, key_end): BandMask::keys_of_any, turned around.
+  TA_DEVICE RowRange rows_of_any(int64_t key_begin, int64_t key_end) const {
+    if (key_begin >= band.key_length) return {0, 0};
+    const int64_t first = key_begin - band.window_right - band.offset;
+    const int64_t last = key_end - 1 + band.window_left - band.offset;
+    return {first < 0 ? 0 : first, last + 1 < query_length ? last + 1 : query_length};
+  }
+
+  // The score of an already capped q·k; −inf where not attended. `tested`: false when unmasked() holds.
+  TA_DEVICE Real score(Real capped, int64_t row, int64_t key, bool tested) const {
+    Real result = capped;
+    if (mod.slope != 0) result += mod.slope * alibi_derivative(row, key);
+    if (!tested) return result;
+    if (row >= query_length || !band.attends(row, key)) return Math<Real>::negative_infinity();
+    return mask.data ? result + mask.template bias<Real>(row, key) : result;
+  }
+  // The gradient of a weight before dropout, from that of the weight after it.
+  TA_DEVICE Real dropped(Real gradient, uint32_t kept) const {
+    if (!dropout_on) return gradient;
+    return kept ? gradient * keep_scale : Real(0);
+  }
+  TA_DEVICE Real alibi_derivative(int64_t row, int64_t key) const {
+    return ScoreMod<Math<Real>>::alibi_derivative(static_cast<Real>(key - band.position(row)));
+  }
+};
+
+}  // namespace torch_attn::cuda

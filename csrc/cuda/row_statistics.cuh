@@ -1,0 +1,121 @@
+// What the backward kernels of every tier need to know of a query row, computed before they run, and the reduction that
+// follows them. In the workspace: three arrays (B, Hq, L) of the accumulator type.
+#pragma once
+
+#include "head_score.cuh"
+#include "launch.h"
+
+namespace torch_attn::cuda {
+
+template <class Real>
+struct RowStatistics {
+  Real* delta;        // grad_out · out − grad_logsumexp: what every weight's gradient is reduced by
+  Real* weight_scale; // 1, or for a large logsumexp 1 / sum of exp(score − logsumexp); see core/online_softmax.h
+  Real* grad_slope;   // written by the query pass: each row's contribution to grad_alibi_slopes
+
+  RowStatistics(const AttentionProblem& p, void* workspace)
+      : delta(static_cast<Real*>(workspace)),
+        weight_scale(delta + p.batch * p.heads * p.query_length),
+        grad_slope(weight_scale + p.batch * p.heads * p.query_length) {}
+};
+
+constexpr int kStatisticsThreads = 256;  // a warp for each row
+
+template <class Real>
+TA_DEVICE Real warp_sum(Real x) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
+  return x;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kStatisticsThreads)
+    row_statistics_kernel(const __grid_constant__ AttentionProblem p, const __grid_constant__ BackwardTensors t,
+                          const RowStatistics<Accumulator<T>> result) {
+  using Real = Accumulator<T>;
+  const int lane = threadIdx.x % 32;
+  const int64_t index = int64_t{blockIdx.x} * (kStatisticsThreads / 32) + threadIdx.x / 32;  // of (B, Hq, L)
+  if (index >= p.batch * p.heads * p.query_length) return;
+  const int64_t row = index % p.query_length, head = index / p.query_length % p.heads;
+  const int64_t batch = index / p.query_length / p.heads;
+
+  const auto row_of = [&](const TensorView& view, int64_t view_head, int64_t view_row) {
+    return static_cast<const T*>(view.data) + batch * view.stride[0] + view_head * view.stride[1] +
+           view_row * view.stride[2];
+  };
+  const T* const out = row_of(t.out, head, row);
+  const T* const grad_out = row_of(t.grad_out, head, row);
+  Real delta = 0;
+  for (int64_t c = lane; c < p.value_dim; c += 32) delta += load(out + c) * load(grad_out + c);
+  delta = warp_sum(delta);
+  if (t.grad_logsumexp) delta -= static_cast<const Real*>(t.grad_logsumexp)[index];
+
+  const Real logsumexp = static_cast<const Real*>(t.logsumexp)[index];
+  const Real magnitude = Math<Real>::abs(logsumexp);
+  Real scale = 1;
+  if (magnitude > static_cast<Real>(kLargeLogsumexp) && magnitude < static_cast<Real>(INFINITY)) {
+    const HeadScore<Real> score(p, batch, head);
+    const T* const query = row_of(p.query, head, row);
+    const KeyRange range = score.band.keys_of_row(row);
+    Real sum = 0;
+    for (int64_t key = range.begin + lane; key < range.end; key += 32) {
+      const T* const k = row_of(p.key, head / p.group_size(), key);
+      Real dot = 0;
+      for (int64_t c = 0; c < p.head_dim; ++c) dot += load(query + c) * load(k + c);
+      sum += Math<Real>::exp(score.score(score.mod.capped(dot), row, key, true) - logsumexp);
+    }
+    sum = warp_sum(sum);
+    if (p.sinks.defined())
+      sum += Math<Real>::exp(static_cast<const Real*>(p.sinks.data)[head * p.sinks.stride[1]] - logsumexp);
+    if (sum > 0) scale = 1 / sum;
+  }
+  if (lane == 0) {
+    result.delta[index] = delta;
+    result.weight_scale[index] = scale;
+  }
+}
+
+template <class T>
+void row_statistics(const AttentionProblem& p, const BackwardTensors& t, void* workspace, const Stream& stream) {
+  const int64_t rows_per_block = kStatisticsThreads / 32;
+  launch(row_statistics_kernel<T>, (p.batch * p.heads * p.query_length + rows_per_block - 1) / rows_per_block,
+         kStatisticsThreads, 0, stream, p, t, RowStatistics<Accumulator<T>>(p, workspace));
+}
+
+// One query row, as the backward kernels recompute its weights.
+template <class Real>
+struct BackwardRow {
+  Real logsumexp = static_cast<Real>(INFINITY), scale = 0, delta = 0;  // outside the query: all weights are 0
+
+  TA_DEVICE static BackwardRow load(const AttentionProblem& p, const BackwardTensors& t,
+                                    const RowStatistics<Real>& statistics, int64_t batch_head, int64_t row) {
+    BackwardRow result;
+    if (row >= p.query_length) return result;
+    const int64_t i = batch_head * p.query_length + row;
+    result.logsumexp = OnlineSoftmax<Math<Real>>::safe_maximum(static_cast<const Real*>(t.logsumexp)[i]);
+    result.scale = statistics.weight_scale[i];
+    result.delta = statistics.delta[i];
+    return result;
+  }
+  TA_DEVICE Real weight(Real score) const { return Math<Real>::exp(score - logsumexp) * scale; }
+};
+
+// grad_alibi_slopes (B, Hq): a block sums one head's rows, always in the same order.
+template <class Real>
+__global__ void __launch_bounds__(32) sum_slopes_kernel(const Real* grad_slope, int64_t rows, Real* result) {
+  const int64_t first = blockIdx.x * rows;
+  Real sum = 0;
+  for (int64_t row = threadIdx.x; row < rows; row += 32) sum += grad_slope[first + row];
+  sum = warp_sum(sum);
+  if (threadIdx.x == 0) result[blockIdx.x] = sum;
+}
+
+template <class T>
+void slope_gradient(const AttentionProblem& p, const BackwardTensors& t, void* workspace, const Stream& stream) {
+  using Real = Accumulator<T>;
+  launch<const Real*, int64_t, Real*>(sum_slopes_kernel<Real>, p.batch * p.heads, 32, 0, stream,
+                                      RowStatistics<Real>(p, workspace).grad_slope, p.query_length,
+                                      static_cast<Real*>(t.grad_alibi_slopes));
+}
+
+}  // namespace torch_attn::cuda

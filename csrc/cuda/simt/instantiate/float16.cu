@@ -1,0 +1,4 @@
+#include "variant.cuh"
+
+TA_INSTANTIATE_SIMT(Float16, 64)
+TA_INSTANTIATE_SHARED_KERNELS(Float16)

@@ -1,0 +1,3 @@
+#include "variant.cuh"
+
+TA_INSTANTIATE_SIMT(float, 128)

@@ -1,0 +1,52 @@
+// The portable tier: serves every call, on every GPU that the library is built for.
+#include "../tier.h"
+
+#include "variants.h"
+
+namespace torch_attn::cuda::simt {
+namespace {
+
+struct Variant {
+  ScalarType dtype;
+  int columns;
+  decltype(Tier::forward) forward;
+  decltype(Tier::query_gradient) query_gradient;
+  decltype(Tier::key_value_gradient) key_value_gradient;
+};
+
+#define TA_VARIANT(T, COLUMNS) \
+  {kScalarType<T>, COLUMNS, forward<T, COLUMNS>, query_gradient<T, COLUMNS>, key_value_gradient<T, COLUMNS>},
+constexpr Variant kVariants[] = {TA_SIMT_VARIANTS(TA_VARIANT)};
+#undef TA_VARIANT
+
+// The narrowest variant of the type that holds `columns` at once, or else its widest.
+const Variant& variant_for(ScalarType dtype, int64_t columns) {
+  const Variant* best = nullptr;
+  for (const Variant& v : kVariants)
+    if (v.dtype == dtype && (!best || best->columns < columns)) best = &v;
+  return *best;
+}
+
+std::string refusal(const Call& call) {
+  for (const Variant& v : kVariants)
+    if (v.dtype == call.problem.dtype) return "";
+  return "it takes float64, float32, bfloat16 and float16";
+}
+
+void run_forward(const AttentionProblem& p, const ForwardOutputs& out, const Stream& stream) {
+  variant_for(p.dtype, p.value_dim).forward(p, out, stream);
+}
+void run_query_gradient(const AttentionProblem& p, const BackwardTensors& t, void* workspace, const Stream& stream) {
+  variant_for(p.dtype, p.head_dim).query_gradient(p, t, workspace, stream);
+}
+void run_key_value_gradient(const AttentionProblem& p, const BackwardTensors& t, void* workspace,
+                            const Stream& stream) {
+  variant_for(p.dtype, p.head_dim > p.value_dim ? p.head_dim : p.value_dim)
+      .key_value_gradient(p, t, workspace, stream);
+}
+
+}  // namespace
+
+const Tier kTier = {"simt", refusal, run_forward, run_query_gradient, run_key_value_gradient};
+
+}  // namespace torch_attn::cuda::simt

@@ -1,0 +1,124 @@
+// The operators' arguments as structs, so that the long flat list of a schema is written once per operator and not once
+// per layer. Included by everything in ops/. A struct's fields, its Types and its flat() all follow schema.cpp's order.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/SymInt.h>
+
+#include <array>
+#include <optional>
+#include <string_view>
+#include <tuple>
+
+namespace torch_attn::ops {
+
+using at::Tensor;
+using c10::SymInt;
+using OptionalTensor = std::optional<Tensor>;
+
+template <class... Types>
+struct TypeList {
+  template <class... More>
+  static TypeList<Types..., More...> plus(TypeList<More...>);
+};
+template <class First, class Second>
+using Concatenated = decltype(First::plus(Second{}));
+
+// What all attention operators take after their tensors.
+struct Options {
+  using Types = TypeList<const OptionalTensor&, double, bool, std::optional<double>, std::optional<SymInt>,
+                         std::optional<SymInt>, std::string_view, const OptionalTensor&, double, const OptionalTensor&,
+                         const OptionalTensor&>;
+
+  OptionalTensor attn_mask;
+  double dropout_p = 0.0;
+  bool is_causal = false;
+  std::optional<double> scale;
+  std::optional<SymInt> window_left;
+  std::optional<SymInt> window_right;
+  std::string_view causal_alignment = "top_left";
+  OptionalTensor alibi_slopes;
+  double softcap = 0.0;
+  OptionalTensor sinks;
+  OptionalTensor key_lengths;
+
+  auto flat() const {
+    return std::tie(attn_mask, dropout_p, is_causal, scale, window_left, window_right, causal_alignment, alibi_slopes,
+                    softcap, sinks, key_lengths);
+  }
+};
+
+// torch_attn::attention_forward
+struct ForwardArguments {
+  using Types = Concatenated<TypeList<const Tensor&, const Tensor&, const Tensor&>, Options::Types>;
+
+  Tensor query, key, value;
+  Options options;
+
+  auto flat() const { return std::tuple_cat(std::tie(query, key, value), options.flat()); }
+};
+using ForwardResult = std::tuple<Tensor, Tensor, Tensor>;  // out, logsumexp, rng_state
+
+// torch_attn::attention and torch_attn::attention_with_logsumexp
+struct AttentionArguments {
+  using Types = Concatenated<ForwardArguments::Types, TypeList<bool>>;
+
+  ForwardArguments forward;
+  bool enable_gqa = false;
+
+  auto flat() const { return std::tuple_cat(forward.flat(), std::tie(enable_gqa)); }
+};
+
+// The inputs that have a gradient, in the order of attention_backward's output_mask and results.
+enum Gradient : size_t { kQuery, kKey, kValue, kAttnMask, kAlibiSlopes, kSinks, kGradients };
+using OutputMask = std::array<bool, kGradients>;
+
+// torch_attn::attention_backward
+struct BackwardArguments {
+  using Types = Concatenated<
+      Concatenated<TypeList<const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&,
+                            const Tensor&, const Tensor&, const Tensor&>,
+                   Options::Types>,
+      TypeList<OutputMask>>;
+
+  Tensor grad_out;
+  OptionalTensor grad_logsumexp;
+  Tensor query, key, value, out, logsumexp, rng_state;
+  Options options;
+  OutputMask output_mask{};
+
+  auto flat() const {
+    return std::tuple_cat(std::tie(grad_out, grad_logsumexp, query, key, value, out, logsumexp, rng_state),
+                          options.flat(), std::tie(output_mask));
+  }
+  ForwardArguments forward() const { return {query, key, value, options}; }
+};
+// One tensor per Gradient; an unwanted one has shape (0).
+using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// torch_attn::dropout_keep_mask
+struct DropoutArguments {
+  using Types = TypeList<const Tensor&, SymInt, SymInt, SymInt, SymInt, double>;
+
+  Tensor rng_state;
+  SymInt batch, heads, query_length, key_length;
+  double dropout_p = 0.0;
+
+  auto flat() const { return std::tie(rng_state, batch, heads, query_length, key_length, dropout_p); }
+};
+
+inline bool is_defined(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
+
+// The sizes by name; of tensors that check_arguments has passed.
+struct Sizes {
+  SymInt batch, heads, kv_heads, query_length, key_length, head_dim, value_dim;
+
+  static Sizes of(const ForwardArguments& a) {
+    return {a.query.sym_size(0), a.query.sym_size(1), a.key.sym_size(1),  a.query.sym_size(2),
+            a.key.sym_size(2),   a.query.sym_size(3), a.value.sym_size(3)};
+  }
+};
+
+inline at::ScalarType accumulator_type(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
+
+}  // namespace torch_attn::ops

@@ -1,0 +1,29 @@
+// Autocast: query, key and value run in the autocast dtype. The mask, slopes and sinks keep theirs (kernels read any
+// floating dtype), and logsumexp stays float32.
+#include <ATen/autocast_mode.h>
+
+#include "ops/operators.h"
+
+namespace torch_attn::ops {
+namespace {
+
+template <c10::DeviceType device, c10::DispatchKey key>
+ForwardResult attention_forward_autocast(const ForwardArguments& a) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
+  const auto type = at::autocast::get_autocast_dtype(device);
+  const auto cast = [&](const Tensor& tensor) { return at::autocast::cached_cast(type, tensor, device); };
+  return AttentionForward::call({cast(a.query), cast(a.key), cast(a.value), a.options});
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(torch_attn, AutocastCPU, m) {
+  m.impl("attention_forward",
+         AttentionForward::kernel<attention_forward_autocast<at::kCPU, c10::DispatchKey::AutocastCPU>>);
+}
+TORCH_LIBRARY_IMPL(torch_attn, AutocastCUDA, m) {
+  m.impl("attention_forward",
+         AttentionForward::kernel<attention_forward_autocast<at::kCUDA, c10::DispatchKey::AutocastCUDA>>);
+}
+
+}  // namespace torch_attn::ops

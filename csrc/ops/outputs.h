@@ -1,0 +1,38 @@
+// Allocation of what the operators return, shared by the kernels and their meta versions so that the layouts agree.
+#pragma once
+
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
+#include <ATen/ops/randint.h>
+#include <ATen/ops/zeros.h>
+
+#include <limits>
+
+#include "ops/arguments.h"
+
+namespace torch_attn::ops {
+
+// (batch, heads, length, dim), laid out as (batch, length, heads, dim): out.transpose(1, 2).flatten(2), what a
+// transformer layer does next, is then a view. torch's scaled_dot_product_attention lays its output out like this, too.
+inline Tensor empty_by_row(const SymInt& batch, const SymInt& heads, const SymInt& length, const SymInt& dim,
+                           const at::TensorOptions& options) {
+  const SymInt row = heads * dim;
+  return at::empty_strided_symint({batch, heads, length, dim}, {length * row, dim, row, 1}, options);
+}
+inline Tensor empty_by_row_like(const Tensor& t) {
+  return empty_by_row(t.sym_size(0), t.sym_size(1), t.sym_size(2), t.sym_size(3), t.options());
+}
+
+// What stands for a gradient that output_mask does not ask for.
+inline Tensor no_gradient(const Tensor& query) { return at::empty({0}, query.options()); }
+
+// (seed, offset) of the dropout bits: drawn with the device's default generator once per call, zeros without dropout.
+// Operators, not generator calls, so that vmap's randomness modes and tracing apply.
+inline Tensor make_rng_state(double dropout_p, const Tensor& query) {
+  const auto options = query.options().dtype(at::kLong);
+  if (dropout_p == 0) return at::zeros({2}, options);
+  return at::constant_pad_nd(at::randint(std::numeric_limits<int64_t>::max(), {1}, options), {0, 1});
+}
+
+}  // namespace torch_attn::ops

@@ -1,0 +1,54 @@
+// The operators' schemas. A fragment, because torch.nn.attention.varlen registers operators of its own in the namespace
+// torch_attn, before or after this library is loaded.
+#include <torch/library.h>
+
+#include <string>
+
+namespace {
+
+// Also the order of ops/arguments.h's Options.
+const std::string kOptions =
+    "Tensor? attn_mask=None, float dropout_p=0.0, bool is_causal=False, float? scale=None, SymInt? window_left=None, "
+    "SymInt? window_right=None, str causal_alignment=\"top_left\", Tensor? alibi_slopes=None, float softcap=0.0, "
+    "Tensor? sinks=None, Tensor? key_lengths=None";
+const std::string kInputs = "Tensor query, Tensor key, Tensor value, *, ";
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(torch_attn, m) {
+  const std::vector<at::Tag> pure = {at::Tag::pt2_compliant_tag};
+  const std::vector<at::Tag> random = {at::Tag::pt2_compliant_tag, at::Tag::nondeterministic_seeded};
+  const auto define = [&m](const std::string& schema, const std::vector<at::Tag>& tags) {
+    m.def(schema.c_str(), tags);
+  };
+
+  // What users call: any leading dimensions, broadcasting, grouped-query attention on request.
+  define("attention(" + kInputs + kOptions + ", bool enable_gqa=False) -> Tensor", random);
+  define("attention_with_logsumexp(" + kInputs + kOptions + ", bool enable_gqa=False) -> (Tensor out, Tensor logsumexp)",
+         random);
+  define(
+      "scaled_dot_product_attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, "
+      "float dropout_p=0.0, bool is_causal=False, *, float? scale=None, bool enable_gqa=False) -> Tensor",
+      random);
+
+  // What kernels implement: four dimensions, (batch, head, row, column).
+  define("attention_forward(" + kInputs + kOptions + ") -> (Tensor out, Tensor logsumexp, Tensor rng_state)", random);
+  define(
+      "attention_backward(Tensor grad_out, Tensor? grad_logsumexp, Tensor query, Tensor key, Tensor value, Tensor out, "
+      "Tensor logsumexp, Tensor rng_state, *, " +
+          kOptions +
+          ", bool[6] output_mask) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_attn_mask, "
+          "Tensor grad_alibi_slopes, Tensor grad_sinks)",
+      pure);
+  define(
+      "dropout_keep_mask(Tensor rng_state, SymInt batch, SymInt heads, SymInt query_length, SymInt key_length, "
+      "float dropout_p) -> Tensor",
+      pure);
+
+  // About the library itself; implemented in info.cpp.
+  define("build_info() -> str", {});
+  define("cpu_isa() -> str", {});
+  define("cpu_isas() -> str[]", {});
+  define("force_cpu_isa(str isa) -> ()", {});
+  define("kernel_calls() -> int", {});
+}

@@ -1,0 +1,62 @@
+"""`make demo`: trains one vision transformer twice from the same seed, with stock nn.MultiheadAttention and with
+torch_attn's, shows that both learn the same, and takes the trained model to C++ and to a picture.
+"""
+
+import argparse
+from pathlib import Path
+
+import attention_figure
+import cpp_check
+import torch
+from model import VisionTransformer
+from training import Digits, History, train
+
+from torch_attn import replace_mha
+
+ENOUGH = 0.93  # test accuracy that the demo asks of itself
+
+
+def print_table(stock: History, ours: History) -> None:
+    print("\n        training loss                           test accuracy")
+    print("epoch   stock      torch_attn  difference       stock    torch_attn")
+    rows = zip(stock.loss, ours.loss, stock.accuracy, ours.accuracy, strict=True)
+    for epoch, (stock_loss, our_loss, stock_accuracy, our_accuracy) in enumerate(rows, start=1):
+        print(
+            f"{epoch:5}   {stock_loss:.6f}   {our_loss:.6f}    {our_loss - stock_loss:+.1e}       "
+            f"{stock_accuracy:6.2%}   {our_accuracy:6.2%}"
+        )
+    print(f"\nseconds of training: stock {stock.seconds:.1f}, torch_attn {ours.seconds:.1f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
+    options = parser.parse_args()
+    digits = Digits.load()
+
+    torch.manual_seed(options.seed)
+    model = VisionTransformer()
+    stock = train(model, digits, options.epochs, options.seed, "stock     ")
+
+    torch.manual_seed(options.seed)
+    model = VisionTransformer()
+    replace_mha(model)  # the only line that differs
+    ours = train(model, digits, options.epochs, options.seed, "torch_attn")
+
+    print_table(stock, ours)
+    accuracy = ours.accuracy[-1]
+    if accuracy < ENOUGH:
+        raise SystemExit(f"the test accuracy is {accuracy:.2%}, and the demo asks for {ENOUGH:.0%}")
+
+    print("\nC++ (building examples/cpp takes half a minute the first time):", flush=True)
+    print(cpp_check.classify(*cpp_check.save(model, digits.test_images, options.out)))
+
+    picture = options.out / "attention.png"
+    attention_figure.draw(model, digits.test_images, digits.test_labels, picture)
+    print(f"\nattention over the patches: {picture}")
+
+
+if __name__ == "__main__":
+    main()

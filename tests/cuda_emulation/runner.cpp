@@ -1,0 +1,93 @@
+// The C interface through which emulation.py runs kernels: every call returns 0, or 1 and leaves a sentence in
+// emulation_error(). Tensors live in the emulated device's memory.
+#include <exception>
+#include <string>
+
+#include "cuda/kernels.h"
+#include "emulator/memory.h"
+#include "emulator/scheduler.h"
+#include "faulty_kernels.h"
+
+namespace cuda = torch_attn::cuda;
+
+namespace {
+
+std::string error;
+
+template <class Function>
+int guarded(Function&& function) {
+  try {
+    function();
+    return 0;
+  } catch (const std::exception& e) {
+    emulation::current = nullptr;
+    error = e.what();
+    return 1;
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* emulation_error() { return error.c_str(); }
+
+// The sizes of the structures that emulation.py mirrors.
+void emulation_structure_sizes(size_t* sizes) {
+  sizes[0] = sizeof(torch_attn::TensorView);
+  sizes[1] = sizeof(torch_attn::AttentionProblem);
+  sizes[2] = sizeof(torch_attn::ForwardOutputs);
+  sizes[3] = sizeof(torch_attn::BackwardTensors);
+}
+
+void emulation_configure(uint64_t seed, int fault, int fault_call) {
+  emulation::options = {seed, static_cast<emulation::Fault>(fault), fault_call};
+}
+
+void* emulation_allocate(size_t bytes, size_t granule) { return emulation::allocate(bytes, granule); }
+void emulation_set_read_only(void* memory) { emulation::set_read_only(memory, true); }
+void emulation_free_all() { emulation::free_all(); }
+
+int emulation_force_tier(const char* name) {
+  return guarded([&] { cuda::force_tier(name); });
+}
+
+// "tier: refusal" for each tier, one a line.
+const char* emulation_tiers(const torch_attn::AttentionProblem* problem, const torch_attn::BackwardTensors* backward) {
+  static std::string text;
+  text.clear();
+  const auto answers =
+      backward ? cuda::backward_tiers(*problem, *backward, {}) : cuda::forward_tiers(*problem, {});
+  for (const auto& answer : answers) text += std::string(answer.tier) + ": " + answer.refusal + "\n";
+  return text.c_str();
+}
+
+int emulation_forward(const torch_attn::AttentionProblem* problem, const torch_attn::ForwardOutputs* outputs) {
+  return guarded([&] { cuda::attention_forward(*problem, *outputs, {}); });
+}
+
+int emulation_backward(const torch_attn::AttentionProblem* problem, const torch_attn::BackwardTensors* tensors) {
+  return guarded([&] {
+    const size_t bytes = cuda::backward_workspace_bytes(*problem);
+    void* workspace = emulation::allocate(bytes, sizeof(float));
+    cuda::attention_backward(*problem, *tensors, workspace, {});
+  });
+}
+
+int emulation_keep_mask(const torch_attn::AttentionProblem* problem, bool* out) {
+  return guarded([&] { cuda::dropout_keep_mask(*problem, out, {}); });
+}
+
+const char* emulation_faulty_kernel_name(int kernel) { return cuda::faulty::name(kernel); }
+
+int emulation_run_faulty_kernel(int kernel) {
+  return guarded([&] {
+    constexpr size_t kBytes = cuda::faulty::kElements * sizeof(float);
+    float* out = static_cast<float*>(emulation::allocate(kBytes, sizeof(float)));
+    float* in = static_cast<float*>(emulation::allocate(kBytes, sizeof(float)));
+    emulation::set_read_only(in, true);
+    cuda::faulty::run(kernel, out, in);
+  });
+}
+
+}  // extern "C"

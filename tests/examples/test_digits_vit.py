@@ -1,0 +1,72 @@
+"""The demo's pieces, shortened: two epochs instead of thirty."""
+
+from pathlib import Path
+
+import attention_figure
+import cpp_check
+import pytest
+import torch
+from model import VisionTransformer
+from training import Digits, History, train
+
+from torch_attn import replace_mha
+
+
+@pytest.fixture(scope="module")
+def digits() -> Digits:
+    return Digits.load()
+
+
+def trained(digits: Digits, replace: bool) -> tuple[VisionTransformer, History]:
+    torch.manual_seed(0)
+    model = VisionTransformer()
+    if replace:
+        replace_mha(model)
+    return model, train(model, digits, epochs=2, seed=0, label="test")
+
+
+@pytest.fixture(scope="module")
+def ours(digits: Digits) -> tuple[VisionTransformer, History]:
+    return trained(digits, replace=True)
+
+
+def test_training_agrees_with_stock_attention_to_rounding(digits: Digits, ours: tuple[VisionTransformer, History]) -> None:
+    _, stock = trained(digits, replace=False)
+    calls = torch.ops.torch_attn.kernel_calls()
+    _, history = ours
+    assert history.loss == pytest.approx(stock.loss, rel=1e-5)
+    assert history.accuracy == stock.accuracy
+    assert torch.ops.torch_attn.kernel_calls() == calls, "the stock model must not use our kernels"
+
+
+def test_every_layer_uses_the_kernels(digits: Digits) -> None:
+    calls = torch.ops.torch_attn.kernel_calls()
+    model = VisionTransformer()
+    replace_mha(model)
+    model(digits.test_images[:2])
+    layers = len(model.encoder.layers)
+    assert torch.ops.torch_attn.kernel_calls() - calls == layers
+
+
+def test_scripted_model_gives_the_same_answers_from_cpp(
+    digits: Digits, ours: tuple[VisionTransformer, History], tmp_path: Path
+) -> None:
+    model, _ = ours
+    said = cpp_check.classify(*cpp_check.save(model, digits.test_images, tmp_path))
+    count, layers = len(digits.test_images), len(model.encoder.layers)
+    assert said == (
+        f"{count} of {count} answers equal Python's ({layers} calls of torch_attn's kernels from C++)"
+    )
+
+
+def test_attention_shares_sum_to_at_most_one(digits: Digits, ours: tuple[VisionTransformer, History]) -> None:
+    weights = attention_figure.class_token_attention(ours[0], digits.test_images[:5])
+    assert weights.shape == (5, 4, 16)
+    assert (weights >= 0).all()
+    assert (weights.sum(dim=2) <= 1 + 1e-6).all()
+
+
+def test_figure_is_written(digits: Digits, ours: tuple[VisionTransformer, History], tmp_path: Path) -> None:
+    file = tmp_path / "attention.png"
+    attention_figure.draw(ours[0], digits.test_images, digits.test_labels, file)
+    assert file.read_bytes().startswith(b"\x89PNG")

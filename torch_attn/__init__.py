@@ -1,0 +1,17 @@
+"""torch_attn: attention kernels in C++, forward and backward, that replace nn.MultiheadAttention inside real models."""
+
+from ._library import load as _load
+
+_load()  # registers the operators before anything below names them
+
+from .functional import attention, scaled_dot_product_attention  # noqa: E402
+from .modules import MultiheadAttention  # noqa: E402
+from .replace import replace_mha, restore_mha  # noqa: E402
+
+__all__ = [
+    "MultiheadAttention",
+    "attention",
+    "replace_mha",
+    "restore_mha",
+    "scaled_dot_product_attention",
+]

@@ -1,0 +1,135 @@
+"""Attention in a page of readable torch operations: the definition of the library's semantics.
+
+The tests compare every kernel with this in float64. It keeps the (L, S) score matrix and differentiates through plain
+autograd, so use it to understand and to check, not to train.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def key_positions(
+    query_length: int,
+    key_length: int,
+    *,
+    causal_alignment: str = "top_left",
+    key_lengths: Tensor | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Where each query row sits on the key axis: row i at i ("top_left") or at i + S - L ("bottom_right").
+
+    Returns an int64 tensor (1 or B, 1, L, 1); S is ``key_lengths[b]`` where that is given.
+    """
+    rows = torch.arange(query_length, device=device).view(1, 1, -1, 1)
+    if causal_alignment == "top_left":
+        return rows
+    valid = torch.tensor([key_length], device=device) if key_lengths is None else key_lengths.long()
+    return rows + (valid - query_length).view(-1, 1, 1, 1)
+
+
+def band_mask(
+    query_length: int,
+    key_length: int,
+    *,
+    is_causal: bool = False,
+    window_left: int | None = None,
+    window_right: int | None = None,
+    causal_alignment: str = "top_left",
+    key_lengths: Tensor | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
+    """True where a key is attended, for causal masks, windows and key lengths: bool (1 or B, 1, L, S).
+
+    A row at key position p attends keys p - window_left to p + window_right, both included; ``is_causal`` is
+    ``window_right = 0``.
+    """
+    position = key_positions(
+        query_length, key_length, causal_alignment=causal_alignment, key_lengths=key_lengths, device=device
+    )
+    keys = torch.arange(key_length, device=device).view(1, 1, 1, -1)
+    visible = torch.ones_like(position + keys, dtype=torch.bool)
+    if is_causal:
+        visible = visible & (keys <= position)
+    if window_left is not None:
+        visible = visible & (keys >= position - window_left)
+    if window_right is not None:
+        visible = visible & (keys <= position + window_right)
+    if key_lengths is not None:
+        visible = visible & (keys < key_lengths.view(-1, 1, 1, 1))
+    return visible
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    window_left: int | None = None,
+    window_right: int | None = None,
+    causal_alignment: str = "top_left",
+    alibi_slopes: Tensor | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    keep_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """softmax(softcap(scale · QKᵀ) + ALiBi + mask) V for query (B, Hq, L, D), key (B, Hkv, S, D), value (B, Hkv, S, Dv).
+
+    The options are those of :func:`torch_attn.attention`; ``keep_mask``, bool (B, Hq, L, S), holds the weights that
+    dropout keeps. Returns the output (B, Hq, L, Dv), logsumexp (B, Hq, L) and the weights (B, Hq, L, S) after dropout.
+    """
+    heads, query_length, head_dim = query.shape[-3:]
+    key_length = key.size(-2)
+    group = heads // key.size(-3) if key.size(-3) else 1
+    key, value = key.repeat_interleave(group, -3), value.repeat_interleave(group, -3)
+
+    scores = query @ key.transpose(-2, -1) * (1 / math.sqrt(head_dim) if scale is None else scale)
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    if alibi_slopes is not None:
+        position = key_positions(
+            query_length,
+            key_length,
+            causal_alignment=causal_alignment,
+            key_lengths=key_lengths,
+            device=query.device,
+        )
+        distance = (position - torch.arange(key_length, device=query.device)).abs()
+        scores = scores - alibi_slopes.to(scores.dtype)[..., :, None, None] * distance
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        scores = scores + attn_mask
+    visible = band_mask(
+        query_length,
+        key_length,
+        is_causal=is_causal,
+        window_left=window_left,
+        window_right=window_right,
+        causal_alignment=causal_alignment,
+        key_lengths=key_lengths,
+        device=query.device,
+    )
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        visible = visible & attn_mask
+    scores = scores.masked_fill(~visible, -math.inf)
+    if sinks is not None:  # one more column, which takes weight and has no value
+        sink = sinks.to(scores.dtype).view(-1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sink], -1)
+
+    # A row with nothing to attend: weights 0, logsumexp −inf. Softmax alone would give NaN there, in gradients too.
+    empty = (scores == -math.inf).all(-1, keepdim=True)
+    weights = torch.softmax(scores.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
+    logsumexp = torch.logsumexp(scores.masked_fill(empty, 0.0), -1).masked_fill(empty.squeeze(-1), -math.inf)
+    if scores.size(-1) == 0:
+        logsumexp = torch.full_like(logsumexp, -math.inf)
+    weights = weights[..., :key_length]
+    if keep_mask is not None:
+        weights = weights * keep_mask / (1 - dropout_p) if dropout_p < 1 else weights * 0
+    return weights @ value, logsumexp, weights
