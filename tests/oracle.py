@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,23 +85,35 @@ def max_error(actual: Tensor, exact: Tensor) -> float:
     return difference.max().item() if difference.numel() else 0.0
 
 
-def assert_as_accurate_as_torch(call: Call, forward_factor: float, gradient_factor: float) -> None:
-    """Every output's error against float64 is within a factor of what plain torch math in the same dtype does.
+def largest(x: Tensor) -> float:
+    finite = x[x.isfinite()]
+    return finite.abs().max().item() if finite.numel() else 0.0
 
-    For bfloat16 and float16, torch's math path computes in float32 and rounds its results, so that is the yardstick.
+
+def assert_as_accurate_as_torch(call: Call, forward_factor: float, gradient_factor: float) -> None:
+    """Every output's error against float64 is within a factor of what plain torch math does in the same dtype.
+
+    For bfloat16 and float16 the yardstick of out and logsumexp is torch's math computed in float32 and rounded at the
+    end, as SDPA's math path does; that of gradients is torch's math in the dtype itself, FlashAttention's convention: a
+    backward that reads the rounded output cannot be held to the former. Where the yardstick's own error happens to
+    vanish, a few units in the last place of the accumulator are granted; in float64 there is no yardstick but these.
+    A gradient that sums over many rows is granted what rounding each row's output adds up to at random.
     """
     dtype = call.query.dtype
+    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
     actual, keep = run_kernel(call)
     exact = run_reference(call.to(torch.float64), keep)
-    plain = run_reference(call.to(dtype if dtype == torch.float64 else torch.float32), keep)
+    in_accumulator = run_reference(call.to(accumulator), keep)
+    in_dtype = run_reference(call, keep) if dtype != accumulator else in_accumulator
     assert actual.keys() == exact.keys()
     for name, value in actual.items():
-        rounded = plain[name].to(value.dtype)
-        factor = gradient_factor if name.startswith("grad") else forward_factor
-        # Where torch's own error happens to vanish, a few units in the last place of the accumulator are granted.
-        finite = exact[name][exact[name].isfinite()]
-        magnitude = max(1.0, finite.abs().max().item() if finite.numel() else 0.0)
-        floor = 4 * torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps * magnitude
-        bound = factor * max_error(rounded, exact[name]) + floor
+        is_gradient = name.startswith("grad")
+        yardstick = (in_dtype if is_gradient else in_accumulator)[name].to(value.dtype)
+        factor = gradient_factor if is_gradient else forward_factor
+        torchs = max_error(yardstick, exact[name])
+        bound = factor * torchs + 16 * torch.finfo(accumulator).eps * max(1.0, largest(exact[name]))
+        rows_summed = actual["logsumexp"].numel() / max(1, value.numel())
+        if name.removeprefix("grad_") in DIFFERENTIABLE_OPTIONS and rows_summed > 1:
+            bound += 0.25 * torch.finfo(dtype).eps * math.sqrt(rows_summed)
         error = max_error(value, exact[name])
-        assert error <= bound, f"{name}: error {error:.3g} exceeds {factor} x torch's {max_error(rounded, exact[name]):.3g}"
+        assert error <= bound, f"{name}: error {error:.3g} exceeds {factor} x torch's {torchs:.3g}"

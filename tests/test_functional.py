@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ def test_signature_is_torchs() -> None:
         "scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.0, "
         "is_causal=False, scale=None, enable_gqa=False)"
     )
-    assert documented in (F.scaled_dot_product_attention.__doc__ or "").replace("\n", " ")
+    assert documented in re.sub(r"\s+", " ", F.scaled_dot_product_attention.__doc__ or "")
     parameters = inspect.signature(torch_attn.scaled_dot_product_attention).parameters
     rendered = ", ".join(n if p.default is p.empty else f"{n}={p.default}" for n, p in parameters.items())
     assert f"scaled_dot_product_attention({rendered})" == documented

@@ -308,21 +308,22 @@ def _attention_with_weights(
 ) -> tuple[Tensor, Tensor]:
     """The kernel's output (N, H, L, D), and the weights (N, H, L, S) that the same call used, dropout included.
 
-    A softmax over recomputed scores, not exp(score − logsumexp): the two are equal, but a row under a bias such as −1e9
-    has a logsumexp too large to hold the digits that tell its keys apart.
+    weights = exp(score − logsumexp), in place in one (N·H, L, S) tensor: writing to fresh memory would cost more than
+    the arithmetic. A row with nothing to attend has logsumexp −inf, for which +inf is put: its weights are exp(−inf).
     """
     out, logsumexp, rng_state = torch.ops.torch_attn.attention_forward(q, k, v, attn_mask=mask, dropout_p=dropout_p)
-    scores = _scores(q, k, logsumexp.dtype)
+    empty = logsumexp == -math.inf
+    additive = mask is not None and mask.dtype != torch.bool
+    if additive:
+        logsumexp = logsumexp.detach()  # the division below makes the weights independent of it
+    weights = _scores(q, k, logsumexp.masked_fill(empty, math.inf))
     if mask is not None:
-        if mask.dtype == torch.bool:
-            scores = scores.masked_fill(mask.logical_not(), -math.inf)
-        else:
-            scores = scores + mask
-        # Rows with nothing to attend: finite scores before the softmax, or NaN would reach the gradients.
-        empty = (logsumexp == -math.inf).unsqueeze(-1)
-        weights = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
-    else:
-        weights = scores.softmax(-1)
+        one_for_all = mask.size(0) == 1 and mask.size(1) == 1
+        flat = mask.squeeze(0) if one_for_all else mask.expand(q.size(0), q.size(1), -1, -1).flatten(0, 1)
+        weights = weights.add_(flat) if additive else weights.masked_fill_(flat.logical_not(), -math.inf)
+    weights = weights.exp_().unflatten(0, [q.size(0), q.size(1)])
+    if additive:  # a row under a bias such as −1e9 has a logsumexp without the digits that make its weights sum to 1
+        weights = weights / weights.sum(-1, keepdim=True).masked_fill(empty.unsqueeze(-1), 1.0)
     if dropout_p > 0.0:
         batch, heads, query_length, key_length = weights.shape
         keep = torch.ops.torch_attn.dropout_keep_mask(rng_state, batch, heads, query_length, key_length, dropout_p)
@@ -330,13 +331,15 @@ def _attention_with_weights(
     return out, weights
 
 
-def _scores(q: Tensor, k: Tensor, dtype: torch.dtype) -> Tensor:
-    """q · k / sqrt(D) in ``dtype``, which autocast, where TorchScript does not hide it, must not lower again."""
-    q = q.to(dtype) * (1.0 / math.sqrt(q.size(-1)))
-    k = k.to(dtype).transpose(-2, -1)
-    if torch.jit.is_scripting():
-        return torch.matmul(q, k).to(dtype)
+def _scores(q: Tensor, k: Tensor, logsumexp: Tensor) -> Tensor:
+    """q · k / sqrt(D) − logsumexp, (N·H, L, S), in logsumexp's dtype, which autocast must not lower again."""
+    scale = 1.0 / math.sqrt(q.size(-1))
+    shift = logsumexp.neg().unsqueeze(-1).flatten(0, 1)
+    q = q.to(logsumexp.dtype).flatten(0, 1)
+    k = k.to(logsumexp.dtype).flatten(0, 1).transpose(1, 2)
+    if torch.jit.is_scripting():  # which has no autocast to turn off for a device known only when it runs
+        return torch.baddbmm(shift, q, k, alpha=scale).to(shift.dtype)
     if not torch.amp.is_autocast_available(q.device.type):  # the meta device
-        return torch.matmul(q, k)
+        return torch.baddbmm(shift, q, k, alpha=scale)
     with torch.autocast(q.device.type, enabled=False):
-        return torch.matmul(q, k)
+        return torch.baddbmm(shift, q, k, alpha=scale)

@@ -132,4 +132,4 @@ def attention(
     weights = weights[..., :key_length]
     if keep_mask is not None:
         weights = weights * keep_mask / (1 - dropout_p) if dropout_p < 1 else weights * 0
-    return weights @ value, logsumexp, weights
+    return weights.to(value.dtype) @ value, logsumexp, weights

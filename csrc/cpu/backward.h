@@ -2,40 +2,40 @@
 // the gradients of query, key and value. Included by instantiate/*.cpp.
 #pragma once
 
-#include "gradient_tile.h"
+#include "backward_walk.h"
 #include "kernel_table.h"
 #include "mask_gradient.h"
 #include "tasks.h"
 
 namespace torch_attn::cpu::TORCH_ATTN_ISA {
 
-constexpr int64_t kBackwardRows = 96;
-
 // A task is one (batch, key/value head) and a chunk of the query rows (of all heads in its group) that read it. Where one
 // chunk per key/value head leaves threads idle, there are more, each with its own sums, which are added up in order at the
 // end: no atomics, and the same result on every run with the same number of threads.
-template <class Real>
-struct Backward {
-  using Wanted = typename GradientTile<Real>::Wanted;
+template <class Walk>
+struct Backward : BackwardPlan {
+  using Real = typename Walk::Real;
   const AttentionProblem& p;
   const BackwardTensors& t;
-  int64_t group, block_rows, row_blocks, chunks;
-  int64_t key_columns, value_columns;  // row lengths of the sums: whole vectors
-  bool needs_query, needs_key, needs_value, needs_slopes, needs_scores;
+  int64_t group, chunks;
+  int64_t value_sums;              // where grad_value's sums start
+  int64_t sums_size;               // of one chunk
   Real* chunk_sums = nullptr;      // [batch · kv head][chunk][sums] if chunks > 1
   Real* slope_partials = nullptr;  // [batch · head][row block]
 
   Backward(const AttentionProblem& problem, const BackwardTensors& tensors, int threads) : p(problem), t(tensors) {
     group = p.heads / p.kv_heads;
-    block_rows = balanced_block<Real>(p.query_length, kBackwardRows);
+    block_rows = Walk::block_rows(p.query_length);
     row_blocks = (p.query_length + block_rows - 1) / block_rows;
     needs_query = t.grad_query.defined();
     needs_key = t.grad_key.defined();
     needs_value = t.grad_value.defined();
     needs_slopes = t.grad_alibi_slopes != nullptr;
     needs_scores = needs_query || needs_key || needs_slopes;
-    key_columns = needs_key ? round_up(p.head_dim, kLanes<Real>) : 0;
-    value_columns = needs_value ? round_up(p.value_dim, kLanes<Real>) : 0;
+    key_columns = needs_key ? round_up(p.head_dim, Walk::kColumns) : 0;
+    value_columns = needs_value ? round_up(p.value_dim, Walk::kColumns) : 0;
+    value_sums = (p.key_length + Walk::kExtraKeys) * key_columns;
+    sums_size = value_sums + (p.key_length + Walk::kExtraKeys) * value_columns;
     chunks = chunks_for(threads);
   }
 
@@ -54,15 +54,14 @@ struct Backward {
   }
 
   int64_t items() const { return p.batch * p.kv_heads * chunks; }
-  int64_t sums_size() const { return p.key_length * (key_columns + value_columns); }
 
   void run(int64_t item, Scratch& scratch) const {
     const int64_t chunk = item % chunks, kv_head = item / chunks % p.kv_heads, batch = item / chunks / p.kv_heads;
-    Real* key_sums = chunk_sums == nullptr ? scratch.take<Real>(sums_size()) : chunk_sums + item * sums_size();
-    fill<Real>(key_sums, 0, sums_size());
+    Real* key_sums = chunk_sums == nullptr ? scratch.take<Real>(sums_size) : chunk_sums + item * sums_size;
+    fill<Real>(key_sums, 0, sums_size);
 
-    RowBlock<Real> block(p, block_rows, scratch);
-    Walk walk(*this, batch, kv_head, key_sums, scratch);
+    typename Walk::Block block(p, block_rows, scratch);
+    Walk walk(p, t, *this, batch, kv_head, key_sums, key_sums + value_sums, scratch);
     const BandMask band = band_mask(p, batch);
     const auto cost = [&](int64_t index) {  // of a row block
       const int64_t row = index % row_blocks * block_rows;
@@ -91,7 +90,7 @@ struct Backward {
     }
     if (needs_value) {
       store_rows(t.grad_value, element(t.grad_value, batch, kv_head, begin),
-                 sums + p.key_length * key_columns + begin * value_columns, value_columns, end - begin, p.value_dim);
+                 sums + value_sums + begin * value_columns, value_columns, end - begin, p.value_dim);
     }
   }
 
@@ -103,16 +102,15 @@ struct Backward {
     const int64_t key_blocks = (p.key_length + kReducedKeys - 1) / kReducedKeys;
     const int64_t kv_index = item / key_blocks, begin = item % key_blocks * kReducedKeys;
     const int64_t end = smaller(begin + kReducedKeys, p.key_length);
-    Real* sums = chunk_sums + kv_index * chunks * sums_size();
+    Real* sums = chunk_sums + kv_index * chunks * sums_size;
     const auto add_up = [&](int64_t first, int64_t last) {
       for (int64_t chunk = 1; chunk < chunks; ++chunk) {
-        const Real* added = sums + chunk * sums_size();
+        const Real* added = sums + chunk * sums_size;
         for (int64_t i = first; i < last; i += kLanes<Real>) store(sums + i, load(sums + i) + load(added + i));
       }
     };
     add_up(begin * key_columns, end * key_columns);
-    const int64_t values = p.key_length * key_columns;
-    add_up(values + begin * value_columns, values + end * value_columns);
+    add_up(value_sums + begin * value_columns, value_sums + end * value_columns);
     store_sums(kv_index / p.kv_heads, kv_index % p.kv_heads, sums, begin, end);
   }
 
@@ -123,115 +121,16 @@ struct Backward {
       static_cast<Real*>(t.grad_alibi_slopes)[i] = sum;
     }
   }
-
-  // One task's memory, and its walk over the keys with one block of rows after the other.
-  struct Walk {
-    const Backward& b;
-    const AttentionProblem& p;
-    int64_t batch, kv_head;
-    Real *key_sums, *value_sums;
-    GradientTile<Real> tile;
-    Real *weights, *gradients;  // panels: [lane offset · kBackwardKeys][key][lane]
-    Real *grad_query, *grad_query_rows, *ones;
-    Real *key_scratch, *value_scratch;
-
-    Walk(const Backward& backward, int64_t batch_index, int64_t kv_head_index, Real* sums, Scratch& scratch)
-        : b(backward),
-          p(backward.p),
-          batch(batch_index),
-          kv_head(kv_head_index),
-          key_sums(sums),
-          value_sums(sums + p.key_length * b.key_columns),
-          tile(p, scratch) {
-      const int64_t lanes = b.block_rows;
-      weights = scratch.take<Real>(lanes * kBackwardKeys);
-      gradients = scratch.take<Real>(lanes * kBackwardKeys);
-      grad_query = scratch.take<Real>(lanes * p.head_dim);
-      grad_query_rows = scratch.take<Real>(kMaxVectors * kLanes<Real> * round_up(p.head_dim, kLanes<Real>));
-      ones = scratch.take<Real>(kMaxVectors * kLanes<Real>);
-      fill<Real>(ones, 1, kMaxVectors * kLanes<Real>);
-      key_scratch = scratch.take<Real>(kBackwardKeys * p.head_dim);
-      value_scratch = scratch.take<Real>(kBackwardKeys * p.value_dim);
-    }
-
-    // Returns the block's share of the ALiBi slope's gradient.
-    Real over_keys(RowBlock<Real>& block) {
-      const ScoreStage<Real> stage(p, batch, block.head);
-      block.normalise_weights(p, stage, tile.scratch, weights, key_scratch);
-      if (b.needs_query) fill<Real>(grad_query, 0, block.panels.lanes * p.head_dim);
-      Real slope_gradient = 0;
-      const bool few_queries = block.rows <= kFewRows;
-      const KeyRange range = stage.band.keys_of_any(block.row, block.row + block.rows);
-      for (int64_t key = range.begin; key < range.end; key += kBackwardKeys) {
-        const int64_t keys = smaller(kBackwardKeys, range.end - key);
-        const Rows<Real> key_rows =
-            key_value_rows(p.key, batch, kv_head, key, keys, p.head_dim, few_queries, key_scratch);
-        const Rows<Real> value_rows =
-            key_value_rows(p.value, batch, kv_head, key, keys, p.value_dim, few_queries, value_scratch);
-        int64_t begin[Panels::kMax], end[Panels::kMax];
-        for (int i = 0; i < block.panels.count; ++i) {
-          with_vectors(block.panels.vectors[i], [&]<int kVectors>() {
-            const KeySpan span = attend<kVectors>(block, stage, block.panels.offset[i], key, keys, key_rows, value_rows,
-                                                  slope_gradient);
-            begin[i] = span.begin, end[i] = span.end;
-          });
-        }
-        if (b.needs_value) {
-          accumulate_gradient<Real>(block.panels, begin, end, keys, b.value_columns, {weights, kBackwardKeys}, block.rows,
-                                    block.grad_rows.data, block.grad_rows.stride, value_sums + key * b.value_columns,
-                                    b.value_columns);
-        }
-        if (b.needs_key) {
-          accumulate_gradient<Real>(block.panels, begin, end, keys, b.key_columns, {gradients, kBackwardKeys}, block.rows,
-                                    block.query_rows.data, block.query_rows.stride, key_sums + key * b.key_columns, b.key_columns);
-        }
-      }
-      if (b.needs_query) store_grad_query(block);
-      return slope_gradient;
-    }
-
-    // One panel's weights and gradients with one block of keys, and its grad_query. Returns the keys that it filled in.
-    template <int kVectors>
-    TA_NOINLINE KeySpan attend(const RowBlock<Real>& block, const ScoreStage<Real>& stage, int64_t offset, int64_t key,
-                               int64_t keys, Rows<Real> key_rows, Rows<Real> value_rows, Real& slope_gradient) {
-      constexpr int64_t width = kVectors * kLanes<Real>;
-      Real *panel_weights = weights + offset * kBackwardKeys, *panel_gradients = gradients + offset * kBackwardKeys;
-      const KeySpan span = KeySpan::of(stage.band, block.row + offset, smaller(width, block.rows - offset), key, keys,
-                                       kGradientRows);
-      if (span.empty()) return span;
-      const Wanted wanted = b.needs_scores ? Wanted::kDotGradients : Wanted::kWeightsOnly;
-      if (!tile.template compute<kVectors>(block, stage, offset, key, span, key_rows, value_rows, wanted, panel_weights,
-                                           panel_gradients, b.needs_slopes ? &slope_gradient : nullptr)) {
-        fill<Real>(panel_weights + span.begin * width, 0, (span.end - span.begin) * width);
-        fill<Real>(panel_gradients + span.begin * width, 0, (span.end - span.begin) * width);
-        return span;
-      }
-      if (b.needs_query) {
-        combine_rows<Real, kVectors, false>(p.head_dim, span.end - span.begin,
-                                            key_rows.data + span.begin * key_rows.stride, key_rows.stride,
-                                            panel_gradients + span.begin * width, grad_query + offset * p.head_dim, nullptr);
-      }
-      return span;
-    }
-
-    void store_grad_query(const RowBlock<Real>& block) {
-      for (int i = 0; i < block.panels.count; ++i) {
-        const int64_t offset = block.panels.offset[i], width = block.panels.vectors[i] * kLanes<Real>;
-        store_panel(b.t.grad_query, batch, block.head, block.row + offset, smaller(width, block.rows - offset), p.head_dim,
-                    grad_query + offset * p.head_dim, width, ones, grad_query_rows);
-      }
-    }
-  };
 };
 
-template <class Real>
-void backward_as(const AttentionProblem& problem, const BackwardTensors& tensors, const Parallel& parallel) {
-  if (tensors.grad_attn_mask.defined()) mask_gradient<Real>(problem, tensors, parallel);
+template <class Walk>
+void backward_with(const AttentionProblem& problem, const BackwardTensors& tensors, const Parallel& parallel) {
+  using Real = typename Walk::Real;
   if (problem.batch * problem.kv_heads == 0) return;
-  Backward<Real> backward(problem, tensors, parallel.threads < 1 ? 1 : parallel.threads);
+  Backward<Walk> backward(problem, tensors, parallel.threads < 1 ? 1 : parallel.threads);
   if (!backward.needs_scores && !backward.needs_value) return;
   Scratch shared;
-  if (backward.chunks > 1) backward.chunk_sums = shared.take<Real>(backward.items() * backward.sums_size());
+  if (backward.chunks > 1) backward.chunk_sums = shared.take<Real>(backward.items() * backward.sums_size);
   if (backward.needs_slopes) {
     backward.slope_partials = shared.take<Real>(problem.batch * problem.heads * backward.row_blocks);
   }
@@ -240,6 +139,12 @@ void backward_as(const AttentionProblem& problem, const BackwardTensors& tensors
     for_each_item(parallel, backward.reductions(), [&](int64_t item, Scratch&) { backward.reduce(item); });
   }
   if (backward.needs_slopes) backward.sum_slopes();
+}
+
+template <class Real>
+void backward_as(const AttentionProblem& problem, const BackwardTensors& tensors, const Parallel& parallel) {
+  if (tensors.grad_attn_mask.defined()) mask_gradient<Real>(problem, tensors, parallel);
+  backward_with<VectorWalk<Real>>(problem, tensors, parallel);
 }
 
 inline void attention_backward(const AttentionProblem& problem, const BackwardTensors& tensors, const Parallel& parallel) {

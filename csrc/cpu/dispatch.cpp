@@ -10,6 +10,7 @@ const KernelTable& active_kernels() {
 #if defined(__x86_64__)
     case Isa::kAvx2: return kAvx2Kernels;
     case Isa::kAvx512: return kAvx512Kernels;
+    case Isa::kAmx: return kAmxKernels;
 #endif
     default: return kBaselineKernels;
   }

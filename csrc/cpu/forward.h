@@ -11,7 +11,7 @@
 namespace torch_attn::cpu::TORCH_ATTN_ISA {
 
 // Block sizes: a panel's scores and a block of keys and values should stay in the L1 and L2 caches.
-constexpr int64_t kForwardRows = 192;
+constexpr int64_t kForwardRows = 256;
 constexpr int64_t kForwardKeys = 64;
 constexpr int64_t kFewQueries = 16;  // see key_value_rows
 

@@ -7,11 +7,12 @@
 
 namespace torch_attn::cpu::TORCH_ATTN_ISA {
 
-// In: weights holds scores s, gradients holds g = grad_out·value. Out: the weights after dropout, and the gradient
-//   P · (keep · g − delta) · derivative · factor,  P = exp(s − logsumexp) · weight_scale.
+// In: weights holds s, the scores divided by score_factor, gradients holds g = grad_out·value. Out: the weights after
+// dropout, and the gradient
+//   P · (keep · g − delta) · derivative · factor,  P = exp(s · score_factor − logsumexp) · weight_scale.
 // keep, derivative and weight_scale are null where they are 1; kPlain says that all are.
 template <class Real, int kVectors, bool kPlain>
-TA_NOINLINE void weights_and_gradients(int64_t begin, int64_t end, Real* weights, Real* gradients,
+TA_NOINLINE void weights_and_gradients(int64_t begin, int64_t end, Real score_factor, Real* weights, Real* gradients,
                                        const Real* logsumexp, const Real* delta, Real factor, const Real* weight_scale,
                                        const Real* keep, const Real* derivative) {
   using Math = VectorMath<Real>;
@@ -26,13 +27,15 @@ TA_NOINLINE void weights_and_gradients(int64_t begin, int64_t end, Real* weights
 #pragma GCC unroll 4
     for (int n = 0; n < kVectors; ++n) {
       const int64_t place = j * width + n * n_lanes;
-      Vec<Real> weight = Math::exp(load(weights + place) - row_logsumexp[n]);
+      const Vec<Real> exponent = load(weights + place) * score_factor - row_logsumexp[n];
       Vec<Real> gradient = load(gradients + place);
       if constexpr (kPlain) {
+        const Vec<Real> weight = Math::exp(exponent);
         store(weights + place, weight);
         store(gradients + place, weight * (gradient - row_delta[n]) * factor);
         continue;
       }
+      Vec<Real> weight = weight_from_exponent<Real>(exponent, weight_scale != nullptr);
       if (weight_scale != nullptr) weight *= load(weight_scale + n * n_lanes);
       Vec<Real> kept = weight;
       if (keep != nullptr) {
@@ -101,13 +104,24 @@ struct GradientTile {
     constexpr int64_t width = kVectors * kLanes<Real>;
     const int64_t row = block.row + offset;
     BiasTile<Real> bias;
-    if (!block.template load_bias<kVectors>(stage, scratch, offset, key, span, bias)) return false;
+    if (!load_bias<Real, kVectors>(stage, scratch, row, smaller(width, block.rows - offset), key, span, bias)) return false;
     score_tile<Real, kVectors, false>(stage, bias, span, p.head_dim, key_rows, block.query + offset * p.head_dim, row, key,
                                       weights, scratch.derivative, nullptr);
     if (wanted != Wanted::kWeightsOnly) {
       dot_rows<Real, kVectors, false>(span.begin, span.end, p.value_dim, value_rows.data, value_rows.stride,
                                       block.grad_out + offset * p.value_dim, 1, gradients, nullptr);
     }
+    finish<kVectors>(block, stage, offset, key, span, 1, wanted, weights, gradients, slope_gradient);
+    return true;
+  }
+
+  // The elementwise part: weights holds the scores divided by score_factor, gradients holds grad_out·value.
+  template <int kVectors, class Block>
+  TA_INLINE void finish(const Block& block, const ScoreStage<Real>& stage, int64_t offset, int64_t key,
+                        const KeySpan& span, Real score_factor, Wanted wanted, Real* weights, Real* gradients,
+                        Real* slope_gradient) const {
+    constexpr int64_t width = kVectors * kLanes<Real>;
+    const int64_t row = block.row + offset;
     const Real* keep = nullptr;
     if (p.dropout_p > 0) {
       dropout_tile<Real, kVectors>(dropout, static_cast<Real>(Dropout::keep_scale(p.dropout_p)),
@@ -120,12 +134,11 @@ struct GradientTile {
     const Chain<Real> now = wanted == Wanted::kDotGradients && slope_gradient == nullptr ? chain : Chain<Real>{};
     const bool plain = weight_scale == nullptr && keep == nullptr && now.derivative == nullptr;
     (plain ? weights_and_gradients<Real, kVectors, true> : weights_and_gradients<Real, kVectors, false>)(
-        span.begin, span.end, weights, gradients, block.logsumexp + offset, block.delta + offset, now.factor, weight_scale,
-        keep, now.derivative);
+        span.begin, span.end, score_factor, weights, gradients, block.logsumexp + offset, block.delta + offset, now.factor,
+        weight_scale, keep, now.derivative);
     if (slope_gradient != nullptr) {
       *slope_gradient += sum_slope_gradient<Real, kVectors>(stage, row, key, span.begin, span.end, gradients, chain);
     }
-    return true;
   }
 };
 

@@ -7,9 +7,10 @@
 
 namespace torch_attn::cpu {
 
-enum class Isa { kBaseline, kAvx2, kAvx512 };
+// kAmx is AVX-512 with bfloat16 products on the tile registers of AMX.
+enum class Isa { kBaseline, kAvx2, kAvx512, kAmx };
 
-const char* isa_name(Isa isa);  // "baseline", "avx2", "avx512": the values of TORCH_ATTN_CPU_ISA
+const char* isa_name(Isa isa);  // "baseline", "avx2", "avx512", "amx": the values of TORCH_ATTN_CPU_ISA
 
 // In ascending order; the baseline is always there.
 std::vector<Isa> supported_isas();

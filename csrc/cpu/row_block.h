@@ -27,6 +27,59 @@ struct TileScratch {
   }
 };
 
+// The bias tile for a panel that starts at row with the block's keys of span; false if it masks all of them.
+template <class Real, int kVectors>
+TA_INLINE bool load_bias(const ScoreStage<Real>& stage, const TileScratch<Real>& tile, int64_t row, int64_t rows,
+                         int64_t key, const KeySpan& span, BiasTile<Real>& bias) {
+  if (!stage.mask) return true;
+  if (stage.mask_is_per_key()) {
+    bias.per_key = tile.bias;
+    return load_bias_per_key(stage, key, span.end, tile.bias);
+  }
+  bias.per_lane = tile.bias;
+  return load_bias_per_lane(stage, row, rows, kVectors * kLanes<Real>, key, span.begin, span.end, tile.staging, tile.bias);
+}
+
+// exp of a score minus its row's logsumexp. Where a large logsumexp has been rounded (see RowBlock::normalise_weights) the
+// difference may come out positive: there the result is at most 1.
+template <class Real>
+TA_INLINE Vec<Real> weight_from_exponent(Vec<Real> exponent, bool bounded) {
+  if (bounded) exponent = exponent > splat(Real{0}) ? splat(Real{0}) : exponent;
+  return VectorMath<Real>::exp(exponent);
+}
+
+// delta = rowsum(grad_out · out) − grad_logsumexp, for rows [row, row + rows) of one head. Rows with nothing to attend
+// (logsumexp −∞) and the lanes beyond the last row get logsumexp +∞, so that every weight is 0, and delta 0; a true +∞
+// becomes NaN. grad_row(i) gives row i of grad_out in whole vectors; out_memory holds one row.
+template <class Real, class GradRow>
+TA_INLINE void load_logsumexp_and_delta(const AttentionProblem& p, const BackwardTensors& t, int64_t batch, int64_t head,
+                                        int64_t row, int64_t rows, int64_t lanes, const GradRow& grad_row,
+                                        Real* out_memory, Real* logsumexp, Real* delta) {
+  constexpr Real infinity = static_cast<Real>(__builtin_inf());
+  const int64_t first = (batch * p.heads + head) * p.query_length + row;
+  const int64_t columns = round_up(p.value_dim, kLanes<Real>);
+  const Real* stored = static_cast<const Real*>(t.logsumexp) + first;
+  const Real* grad_logsumexp = t.grad_logsumexp == nullptr ? nullptr : static_cast<const Real*>(t.grad_logsumexp) + first;
+  for (int64_t i = 0; i < lanes; ++i) {
+    logsumexp[i] = infinity;
+    delta[i] = 0;
+    if (i >= rows || stored[i] == -infinity) continue;
+    logsumexp[i] = stored[i] == infinity ? static_cast<Real>(__builtin_nan("")) : stored[i];
+    const Real* grad = grad_row(i);
+    const Real* out = padded_rows(t.out, batch, head, row + i, 1, p.value_dim, out_memory).data;
+    Vec<Real> sum{};
+    for (int64_t j = 0; j < columns; j += kLanes<Real>) sum += load(grad + j) * load(out + j);
+    delta[i] = sum_of_lanes<Real>(sum) - (grad_logsumexp == nullptr ? Real{0} : grad_logsumexp[i]);
+  }
+}
+
+// A logsumexp whose rounding would scale its row's weights visibly.
+template <class Real>
+TA_INLINE bool is_large_logsumexp(Real x) {
+  const Real magnitude = x < 0 ? -x : x;
+  return magnitude > static_cast<Real>(kLargeLogsumexp) && magnitude < static_cast<Real>(__builtin_inf());
+}
+
 template <class Real>
 struct RowBlock {
   int64_t batch, head, row, rows;
@@ -55,7 +108,8 @@ struct RowBlock {
     panels = Panels::of<Real>(rows);
     query_rows = rows_of(p.query, p.head_dim, query_memory_);
     grad_rows = rows_of(t.grad_out, p.value_dim, grad_memory_);
-    load_logsumexp_and_delta(p, t);
+    const auto grad_row = [&](int64_t i) { return grad_rows.data + i * grad_rows.stride; };
+    load_logsumexp_and_delta(p, t, batch, head, row, rows, panels.lanes, grad_row, out_memory_, logsumexp, delta);
     for (int i = 0; i < panels.count; ++i) {
       const int64_t offset = panels.offset[i], width = panels.vectors[i] * kLanes<Real>;
       pack_panel(query + offset * p.head_dim, width, query_rows.data + offset * query_rows.stride,
@@ -72,7 +126,7 @@ struct RowBlock {
                          Real* scores, Real* key_scratch) {
     weight_scale = nullptr;
     bool any = false;
-    for (int64_t i = 0; i < rows; ++i) any = any || is_large(logsumexp[i]);
+    for (int64_t i = 0; i < rows; ++i) any = any || is_large_logsumexp(logsumexp[i]);
     if (!any) return;
     weight_scale = weight_scale_memory_;
     fill<Real>(weight_scale, 0, panels.lanes);
@@ -88,7 +142,7 @@ struct RowBlock {
       }
     }
     for (int64_t i = 0; i < panels.lanes; ++i) {
-      if (i >= rows || !is_large(logsumexp[i])) {
+      if (i >= rows || !is_large_logsumexp(logsumexp[i])) {
         weight_scale[i] = 1;
         continue;
       }
@@ -96,58 +150,17 @@ struct RowBlock {
         const Real sink = static_cast<const Real*>(p.sinks.data)[head * p.sinks.stride[1]];
         weight_scale[i] += static_cast<Real>(__builtin_exp(static_cast<double>(sink - logsumexp[i])));
       }
-      weight_scale[i] = 1 / weight_scale[i];
+      weight_scale[i] = weight_scale[i] > 0 ? 1 / weight_scale[i] : weight_scale[i];
     }
-  }
-
-  // The bias tile for a panel with the block's keys of span; false if it masks all of them.
-  template <int kVectors>
-  TA_INLINE bool load_bias(const ScoreStage<Real>& stage, const TileScratch<Real>& tile, int64_t offset, int64_t key,
-                           const KeySpan& span, BiasTile<Real>& bias) const {
-    constexpr int64_t width = kVectors * kLanes<Real>;
-    if (!stage.mask) return true;
-    if (stage.mask_is_per_key()) {
-      bias.per_key = tile.bias;
-      return load_bias_per_key(stage, key, span.end, tile.bias);
-    }
-    bias.per_lane = tile.bias;
-    return load_bias_per_lane(stage, row + offset, smaller(width, rows - offset), width, key, span.begin, span.end,
-                              tile.staging, tile.bias);
   }
 
  private:
-  static TA_INLINE bool is_large(Real x) {
-    const Real magnitude = x < 0 ? -x : x;
-    return magnitude > static_cast<Real>(kLargeLogsumexp) && magnitude < static_cast<Real>(__builtin_inf());
-  }
-
   // Rows far apart are copied: see key_value_rows.
   Rows<Real> rows_of(const TensorView& view, int64_t columns, Real* memory) const {
     if (view.stride[2] == columns) return padded_rows(view, batch, head, row, rows, columns, memory);
     const int64_t stride = round_up(columns, kLanes<Real>);
     load_rows(memory, stride, view, element(view, batch, head, row), rows, columns);
     return {memory, stride};
-  }
-
-  // delta = rowsum(grad_out · out) − grad_logsumexp. Rows with nothing to attend (logsumexp −∞) and the lanes beyond the
-  // last row get logsumexp +∞, so that every weight is 0, and delta 0; a true +∞ becomes NaN.
-  void load_logsumexp_and_delta(const AttentionProblem& p, const BackwardTensors& t) {
-    constexpr Real infinity = static_cast<Real>(__builtin_inf());
-    const int64_t first = (batch * p.heads + head) * p.query_length + row;
-    const int64_t columns = round_up(p.value_dim, kLanes<Real>);
-    const Real* stored = static_cast<const Real*>(t.logsumexp) + first;
-    const Real* grad = t.grad_logsumexp == nullptr ? nullptr : static_cast<const Real*>(t.grad_logsumexp) + first;
-    for (int64_t i = 0; i < panels.lanes; ++i) {
-      logsumexp[i] = infinity;
-      delta[i] = 0;
-      if (i >= rows || stored[i] == -infinity) continue;
-      logsumexp[i] = stored[i] == infinity ? static_cast<Real>(__builtin_nan("")) : stored[i];
-      const Real* grad_row = grad_rows.data + i * grad_rows.stride;
-      const Real* out_row = padded_rows(t.out, batch, head, row + i, 1, p.value_dim, out_memory_).data;
-      Vec<Real> sum{};
-      for (int64_t j = 0; j < columns; j += kLanes<Real>) sum += load(grad_row + j) * load(out_row + j);
-      delta[i] = sum_of_lanes<Real>(sum) - (grad == nullptr ? Real{0} : grad[i]);
-    }
   }
 
   // weight_scale[lane] += Σ_key exp(score − logsumexp) over one block of keys.
@@ -158,15 +171,15 @@ struct RowBlock {
     const KeySpan span =
         KeySpan::of(stage.band, row + offset, smaller<int64_t>(width, rows - offset), key, keys, kTileRows<kVectors>);
     BiasTile<Real> bias;
-    if (span.empty() || !load_bias<kVectors>(stage, tile, offset, key, span, bias)) return;
+    if (span.empty()) return;
+    if (!load_bias<Real, kVectors>(stage, tile, row + offset, smaller<int64_t>(width, rows - offset), key, span, bias)) return;
     score_tile<Real, kVectors, false>(stage, bias, span, p.head_dim, key_rows, query + offset * p.head_dim, row + offset,
                                       key, scores, nullptr, nullptr);
     for (int n = 0; n < kVectors; ++n) {
       const int64_t lane = offset + n * n_lanes;
       Vec<Real> sum{};
       for (int64_t j = span.begin; j < span.end; ++j) {
-        sum += VectorMath<Real>::exp(load(scores + j * width + n * n_lanes) -
-                                     load(logsumexp + lane));
+        sum += weight_from_exponent<Real>(load(scores + j * width + n * n_lanes) - load(logsumexp + lane), true);
       }
       store(weight_scale + lane, load(weight_scale + lane) + sum);
     }

@@ -16,6 +16,7 @@ struct KeySpan {
   int64_t inside_begin, inside_end;  // keys that every row attends: no element test is needed there
 
   TA_INLINE bool empty() const { return end <= begin; }
+  TA_INLINE bool has_edges() const { return inside_begin != begin || inside_end != end; }
 
   // Rows [row, row + rows), keys [key, key + keys); ends are multiples of granule, or the block's own.
   static TA_INLINE KeySpan of(const BandMask& band, int64_t row, int64_t rows, int64_t key, int64_t keys,
@@ -44,13 +45,15 @@ struct ScoreStage {
   const char* mask_data = nullptr;  // the mask's element (batch, head, 0, 0)
   ScalarType mask_dtype = ScalarType::kBool;
   int64_t mask_row_stride = 0, mask_column_stride = 0;  // in bytes; in elements
+  int64_t keys;                                         // the mask's row length
 
   ScoreStage(const AttentionProblem& p, int64_t batch, int64_t head)
       : mod{static_cast<Real>(p.scale), static_cast<Real>(p.softcap)},
         band(band_mask(p, batch)),
         softcap(p.softcap != 0),
         alibi(p.alibi_slopes.defined()),
-        mask(p.attn_mask.defined()) {
+        mask(p.attn_mask.defined()),
+        keys(p.key_length) {
     if (alibi) {
       const TensorView& slopes = p.alibi_slopes;
       mod.slope = static_cast<const Real*>(slopes.data)[batch * slopes.stride[0] + head * slopes.stride[1]];
@@ -88,9 +91,11 @@ TA_NOINLINE bool all_masked(const Real* bias, int64_t count) {
   return true;
 }
 
-// Loads the mask's values for keys [key, key + keys) as one value per key. False if they mask every key.
+// Loads the mask's values for keys [key, key + keys), as far as they exist, as one value per key. False if they mask every
+// key.
 template <class Real>
 TA_INLINE bool load_bias_per_key(const ScoreStage<Real>& stage, int64_t key, int64_t keys, Real* out) {
+  keys = smaller(keys, stage.keys - key);
   load_row(out, stage.mask_dtype, stage.mask_element(0, key), stage.mask_column_stride, keys);
   return !all_masked(out, keys);
 }
@@ -100,7 +105,7 @@ TA_INLINE bool load_bias_per_key(const ScoreStage<Real>& stage, int64_t key, int
 template <class Real>
 TA_NOINLINE bool load_bias_per_lane(const ScoreStage<Real>& stage, int64_t row, int64_t rows, int64_t width, int64_t key,
                                     int64_t begin, int64_t end, Real* staging, Real* out) {
-  const int64_t keys = end - begin, stride = round_up(keys, kLanes<Real>);
+  const int64_t keys = smaller(end, stage.keys - key) - begin, stride = round_up(keys, kLanes<Real>);
   bool nothing_attended = true;
   for (int64_t i = 0; i < rows; ++i) {
     Real* values = staging + i * stride;
@@ -112,12 +117,13 @@ TA_NOINLINE bool load_bias_per_lane(const ScoreStage<Real>& stage, int64_t row, 
   return !nothing_attended;
 }
 
-// Dots (as dot_rows left them) become scores, in place, for the block's keys [begin, end) and a panel that starts at row.
-// key is the block's first key. derivative, if wanted (with softcap), gets d score / d dot; maximum, if not null, is
+// Dots become scores, in place, for the block's keys [begin, end) and a panel that starts at row: first they are multiplied
+// by factor, which is 1 where they already were (see ScoreStage::dot_factor). key is the block's first key. derivative, if wanted (with softcap), gets d score / d dot; maximum, if not null, is
 // raised to include the scores. A key that the mask or the band excludes scores −∞, even if its dot is NaN.
 template <class Real, int kVectors>
 TA_NOINLINE void modify_scores(const ScoreStage<Real>& stage, const BiasTile<Real>& bias, bool band_applies, int64_t row,
-                               int64_t key, int64_t begin, int64_t end, Real* scores, Real* derivative, Real* maximum) {
+                               int64_t key, int64_t begin, int64_t end, Real factor, Real* scores, Real* derivative,
+                               Real* maximum) {
   using Math = VectorMath<Real>;
   using Int = IntVec<Real>;
   constexpr int n_lanes = kLanes<Real>, width = kVectors * n_lanes;
@@ -139,7 +145,7 @@ TA_NOINLINE void modify_scores(const ScoreStage<Real>& stage, const BiasTile<Rea
     if (maximum != nullptr) highest = load(maximum + n * n_lanes);
     for (int64_t j = begin; j < end; ++j) {
       Real* place = scores + j * width + n * n_lanes;
-      Vec<Real> score = load(place);
+      Vec<Real> score = load(place) * factor;
       if (stage.softcap) {
         score = stage.mod.capped(score);
         if (derivative != nullptr) store(derivative + j * width + n * n_lanes, stage.mod.capped_derivative(score));
@@ -171,14 +177,14 @@ TA_INLINE void score_tile(const ScoreStage<Real>& stage, const BiasTile<Real>& b
   };
   if (stage.changes_elements()) {
     dots(span.begin, span.end);
-    const bool band_applies = span.inside_begin != span.begin || span.inside_end != span.end;
-    modify_scores<Real, kVectors>(stage, bias, band_applies, row, key, span.begin, span.end, scores, derivative, maximum);
+    modify_scores<Real, kVectors>(stage, bias, span.has_edges(), row, key, span.begin, span.end, 1, scores, derivative,
+                                  maximum);
     return;
   }
   const auto edge = [&](int64_t begin, int64_t end) {
     if (begin >= end) return;
     dots(begin, end);
-    modify_scores<Real, kVectors>(stage, bias, true, row, key, begin, end, scores, nullptr, maximum);
+    modify_scores<Real, kVectors>(stage, bias, true, row, key, begin, end, 1, scores, nullptr, maximum);
   };
   edge(span.begin, span.inside_begin);
   dot_rows<Real, kVectors, kTrackMaximum>(span.inside_begin, span.inside_end, dim, keys.data, keys.stride, panel,

@@ -10,7 +10,7 @@
 namespace torch_attn::cuda {
 namespace {
 
-const Tier* const kTiers[] = {&simt::kTier};
+const Tier* const kTiers[] = {&sm80::kTier, &simt::kTier};
 
 std::mutex forced_tier_mutex;
 std::string forced_tier;  // empty: none

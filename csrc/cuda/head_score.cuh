@@ -90,6 +90,7 @@ struct HeadScore {
         dropout{},
         batch_head(batch * p.heads + head),
         query_length(p.query_length) {
+    if (band.key_length > p.key_length) band.key_length = p.key_length;  // key_lengths on a GPU is not checked before
     if (p.alibi_slopes.defined())
       mod.slope = static_cast<const Real*>(
           p.alibi_slopes.data)[batch * p.alibi_slopes.stride[0] + head * p.alibi_slopes.stride[1]];

@@ -37,6 +37,11 @@ template <> TA_DEVICE double Math<double>::exp(double x) { return ::exp(x); }
 template <> TA_DEVICE double Math<double>::log(double x) { return ::log(x); }
 template <> TA_DEVICE double Math<double>::tanh(double x) { return ::tanh(x); }
 
+// Sixteen bytes of whatever, moved by one instruction.
+struct alignas(16) Bits128 {
+  uint32_t word[4];
+};
+
 TA_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace torch_attn::cuda

@@ -98,6 +98,11 @@ struct BackwardRow {
     return result;
   }
   TA_DEVICE Real weight(Real score) const { return Math<Real>::exp(score - logsumexp) * scale; }
+  // The same from q·k, for a score that is only scaled: factor is scale · log2(e). Half a 16-bit unit at most.
+  TA_DEVICE Real plain_weight(Real dot, Real factor) const {
+    constexpr float kLog2E = 1.44269504088896340736f;
+    return ptx::ex2_approx(dot * factor - logsumexp * kLog2E) * scale;
+  }
 };
 
 // grad_alibi_slopes (B, Hq): a block sums one head's rows, always in the same order.

@@ -22,6 +22,9 @@ struct Tier {
   void (*key_value_gradient)(const AttentionProblem&, const BackwardTensors&, void* workspace, const Stream&);
 };
 
+namespace sm80 {
+extern const Tier kTier;
+}
 namespace simt {
 extern const Tier kTier;
 }

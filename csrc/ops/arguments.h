@@ -26,9 +26,9 @@ using Concatenated = decltype(First::plus(Second{}));
 
 // What all attention operators take after their tensors.
 struct Options {
-  using Types = TypeList<const OptionalTensor&, double, bool, std::optional<double>, std::optional<SymInt>,
-                         std::optional<SymInt>, std::string_view, const OptionalTensor&, double, const OptionalTensor&,
-                         const OptionalTensor&>;
+  using Types =
+      TypeList<const OptionalTensor&, double, bool, std::optional<double>, std::optional<SymInt>, std::optional<SymInt>,
+               std::string_view, const OptionalTensor&, double, const OptionalTensor&, const OptionalTensor&>;
 
   OptionalTensor attn_mask;
   double dropout_p = 0.0;
@@ -75,11 +75,10 @@ using OutputMask = std::array<bool, kGradients>;
 
 // torch_attn::attention_backward
 struct BackwardArguments {
-  using Types = Concatenated<
-      Concatenated<TypeList<const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&,
-                            const Tensor&, const Tensor&, const Tensor&>,
-                   Options::Types>,
-      TypeList<OutputMask>>;
+  using Types = Concatenated<Concatenated<TypeList<const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&,
+                                                   const Tensor&, const Tensor&, const Tensor&, const Tensor&>,
+                                          Options::Types>,
+                             TypeList<OutputMask>>;
 
   Tensor grad_out;
   OptionalTensor grad_logsumexp;

@@ -35,22 +35,24 @@ void check_device(const Tensor& tensor, const char* name, const Tensor& query) {
 void check_tensors(const ForwardArguments& a) {
   const auto check_one = [&](const Tensor& tensor, const char* name) {
     TORCH_CHECK(tensor.dim() == 4, "attention: ", name,
-                " must have 4 dimensions, (batch, heads, length, head_dim), but its shape is ", shape_text(tensor), ".");
+                " must have 4 dimensions, (batch, heads, length, head_dim), but its shape is ", shape_text(tensor),
+                ".");
     TORCH_CHECK(tensor.scalar_type() == a.query.scalar_type(),
-                "attention: query, key and value must have the same dtype, but query is ", dtype_text(a.query),
-                " and ", name, " is ", dtype_text(tensor), ".");
+                "attention: query, key and value must have the same dtype, but query is ", dtype_text(a.query), " and ",
+                name, " is ", dtype_text(tensor), ".");
     check_device(tensor, name, a.query);
   };
   check_one(a.query, "query");
   check_one(a.key, "key");
   check_one(a.value, "value");
-  TORCH_CHECK(is_supported(a.query.scalar_type()),
-              "attention: query, key and value must be ", kSupportedDtypes, ", but they are ", dtype_text(a.query), ".");
+  TORCH_CHECK(is_supported(a.query.scalar_type()), "attention: query, key and value must be ", kSupportedDtypes,
+              ", but they are ", dtype_text(a.query), ".");
 
   const auto check_same = [&](int64_t dim, const Tensor& left, const char* left_name, const Tensor& right,
                               const char* right_name, const char* what) {
     TORCH_SYM_CHECK(left.sym_size(dim).sym_eq(right.sym_size(dim)), "attention: ", left_name, " and ", right_name,
-                    " must have the same ", what, ", but their shapes are ", shape_text(left), " and ", shape_text(right), ".");
+                    " must have the same ", what, ", but their shapes are ", shape_text(left), " and ",
+                    shape_text(right), ".");
   };
   check_same(0, a.query, "query", a.key, "key", "batch size");
   check_same(0, a.query, "query", a.value, "value", "batch size");
@@ -70,14 +72,17 @@ void check_mask(const Tensor& mask, const Tensor& query, const Sizes& s) {
               "attention: attn_mask must be bool, float32, float64 or of query's dtype, ", dtype_text(query),
               ", but it is ", dtype_text(mask), ".");
   check_device(mask, "attn_mask", query);
-  TORCH_CHECK(mask.dim() == 4, "attention: attn_mask must have 4 dimensions, (batch, heads, query_length, key_length) "
-              "or sizes of 1, but its shape is ", shape_text(mask), ".");
+  TORCH_CHECK(mask.dim() == 4,
+              "attention: attn_mask must have 4 dimensions, (batch, heads, query_length, key_length) "
+              "or sizes of 1, but its shape is ",
+              shape_text(mask), ".");
   check_mask_broadcasts(mask, {s.batch, s.heads, s.query_length, s.key_length});
 }
 
 void check_per_head(const Tensor& tensor, const char* name, const Tensor& query, bool matches,
                     const std::string& expected) {
-  TORCH_CHECK(matches, "attention: ", name, " must have shape ", expected, ", but its shape is ", shape_text(tensor), ".");
+  TORCH_CHECK(matches, "attention: ", name, " must have shape ", expected, ", but its shape is ", shape_text(tensor),
+              ".");
   TORCH_CHECK(is_supported(tensor.scalar_type()), "attention: ", name, " must be ", kSupportedDtypes, ", but it is ",
               dtype_text(tensor), ".");
   check_device(tensor, name, query);
@@ -110,8 +115,9 @@ void check_options(const ForwardArguments& a) {
     check_per_head(*o.sinks, "sinks", a.query, has_shape(*o.sinks, {s.heads}), "(heads,) = " + shape_text({s.heads}));
   if (is_defined(o.key_lengths)) {
     const Tensor& lengths = *o.key_lengths;
-    TORCH_CHECK(has_shape(lengths, {s.batch}), "attention: key_lengths must have shape (batch,) = ", shape_text({s.batch}),
-                ", but its shape is ", shape_text(lengths), ".");
+    TORCH_CHECK(has_shape(lengths, {s.batch}),
+                "attention: key_lengths must have shape (batch,) = ", shape_text({s.batch}), ", but its shape is ",
+                shape_text(lengths), ".");
     TORCH_CHECK(lengths.scalar_type() == at::kLong || lengths.scalar_type() == at::kInt,
                 "attention: key_lengths must be int64 or int32, but it is ", dtype_text(lengths), ".");
     check_device(lengths, "key_lengths", a.query);
@@ -136,8 +142,8 @@ void check_mask_broadcasts(const Tensor& attn_mask, c10::SymIntArrayRef expected
     const SymInt &size = sizes[sizes.size() - i], &wanted = expected[expected.size() - i];
     matches = TORCH_GUARD_OR_FALSE(size.sym_eq(1)) || size.sym_eq(wanted).expect_true(__FILE__, __LINE__);
   }
-  const std::string names = expected.size() == 4 ? "(batch, heads, query_length, key_length)"
-                                                 : "(..., heads, query_length, key_length)";
+  const std::string names =
+      expected.size() == 4 ? "(batch, heads, query_length, key_length)" : "(..., heads, query_length, key_length)";
   TORCH_CHECK(matches, "attention: attn_mask must be broadcastable to ", names, " = ", shape_text(expected),
               ", but its shape is ", shape_text(attn_mask), ".");
 }
@@ -166,8 +172,7 @@ void check_arguments(const BackwardArguments& a) {
     check_device(tensor, name, a.query);
   };
   const auto check_like_out = [&](const Tensor& tensor, const char* name) {
-    check_one(tensor, name, a.query.scalar_type(),
-              has_shape(tensor, {s.batch, s.heads, s.query_length, s.value_dim}),
+    check_one(tensor, name, a.query.scalar_type(), has_shape(tensor, {s.batch, s.heads, s.query_length, s.value_dim}),
               {s.batch, s.heads, s.query_length, s.value_dim});
   };
   const auto check_like_logsumexp = [&](const Tensor& tensor, const char* name) {

@@ -35,8 +35,9 @@ Tensor checked_key_lengths(const Tensor& key_lengths, int64_t key_length) {
   if (!lengths.is_cpu()) return lengths;
   const int64_t* data = lengths.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < lengths.numel(); ++i)
-    TORCH_CHECK_VALUE(data[i] >= 0 && data[i] <= key_length, "attention: key_lengths must be between 0 and key's length, ",
-                      key_length, ", but key_lengths[", i, "] is ", data[i], ".");
+    TORCH_CHECK_VALUE(data[i] >= 0 && data[i] <= key_length,
+                      "attention: key_lengths must be between 0 and key's length, ", key_length, ", but key_lengths[",
+                      i, "] is ", data[i], ".");
   return lengths;
 }
 

@@ -24,8 +24,9 @@ TORCH_LIBRARY_FRAGMENT(torch_attn, m) {
 
   // What users call: any leading dimensions, broadcasting, grouped-query attention on request.
   define("attention(" + kInputs + kOptions + ", bool enable_gqa=False) -> Tensor", random);
-  define("attention_with_logsumexp(" + kInputs + kOptions + ", bool enable_gqa=False) -> (Tensor out, Tensor logsumexp)",
-         random);
+  define(
+      "attention_with_logsumexp(" + kInputs + kOptions + ", bool enable_gqa=False) -> (Tensor out, Tensor logsumexp)",
+      random);
   define(
       "scaled_dot_product_attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, "
       "float dropout_p=0.0, bool is_causal=False, *, float? scale=None, bool enable_gqa=False) -> Tensor",

@@ -82,7 +82,7 @@ __global__ void divergent_collective(float* out) {
 __global__ void blocks_race(float* out, bool atomic) {
   if (atomic)
     atomicAdd(out, 1.0f);
-  else
+  else if (threadIdx.x == 0)
     *out += 1.0f;
 }
 

@@ -115,16 +115,17 @@ def test_compiles_without_graph_break(case: Case) -> None:
     torch.testing.assert_close(renamed, expected)
 
 
-@pytest.mark.parametrize("case", CASES[:3], ids=str)
-def test_exports_with_dynamic_batch_and_length(case: Case) -> None:
+@pytest.mark.parametrize("weights", ["averaged", "no_weights"])
+def test_exports_with_dynamic_batch_and_lengths(weights: str) -> None:
+    case = Case("batch_first", "cross", "none", "bool", weights)
     arguments = case.inputs()
-    arguments.pop("is_causal", None)
     caller = Caller(ours(case.build()).eval(), arguments)
-    inputs = tensors(arguments)
-    batch_dim = 0 if case.module == "batch_first" else 1
-    dynamic = {batch_dim: torch.export.Dim("batch", min=2)} if case.key_padding_mask == "none" else {}
-    shapes = [dynamic, dynamic, dynamic] + [None if x is None else {} for x in inputs[3:]]
-    program = torch.export.export(caller, inputs, dynamic_shapes=shapes)
+    batch, length, key_length = (torch.export.Dim(name, min=2) for name in ("batch", "length", "key_length"))
+    keys = {0: batch, 1: key_length}
+    shapes = {"query": {0: batch, 1: length}, "key": keys, "value": keys, "attn_mask": None, "key_padding_mask": keys}
+    program = torch.export.export(caller, tensors(arguments), dynamic_shapes=shapes)
+    longer = torch.randn(2, 11, EMBED_DIM, dtype=torch.float64)
+    inputs = (longer[:, :4], longer, longer, None, torch.rand(2, 11) > 0.5)
     torch.testing.assert_close(program.module()(*inputs), caller(*inputs))
 
 
@@ -143,6 +144,29 @@ def test_functional_transforms_see_through_the_module() -> None:
         expected = torch.autograd.grad(loss(dict(module.named_parameters()), sample), list(module.parameters()))
         for (name, _), gradient in zip(module.named_parameters(), expected, strict=True):
             torch.testing.assert_close(actual[name][index], gradient)
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_vmap_over_masks_alone_is_a_loop_over_them(kind: str) -> None:
+    case = Case("batch_first", "self", kind)
+    module, arguments = ours(case.build()), case.inputs()
+    masks = torch.stack([case.inputs()["attn_mask"] for _ in range(3)])
+    actual = torch.func.vmap(lambda mask: module(**{**arguments, "attn_mask": mask}))(masks)
+    for index, mask in enumerate(masks):
+        out, weights = module(**{**arguments, "attn_mask": mask})
+        torch.testing.assert_close((actual[0][index], actual[1][index]), (out, weights))
+
+
+def test_second_derivatives_are_those_of_finite_differences() -> None:
+    module = ours(Case("bias_kv").build())
+
+    def call(x: Tensor, mask: Tensor) -> Any:
+        return module(x, x, x, attn_mask=mask)
+
+    x = torch.randn(2, 1, EMBED_DIM, dtype=torch.float64, requires_grad=True)
+    mask = torch.randn(2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(call, (x, mask))
+    assert torch.autograd.gradgradcheck(call, (x, mask))
 
 
 class KernelArguments(TorchDispatchMode):

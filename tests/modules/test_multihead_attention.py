@@ -50,7 +50,7 @@ def test_float32_is_as_accurate_as_pytorch(case: Case) -> None:
     reference = results(theirs, detached(exact_arguments, torch.float32))
     actual = results(ours(theirs), detached(exact_arguments, torch.float32))
     for name, value in actual.items():
-        scale = exact[name].abs().max().item()
+        scale = max(exact[name].abs().max().item(), 1.0)  # a gradient may cancel to 0 from terms of about 1
         bound = 3 * (reference[name] - exact[name]).abs().max().item() + 8 * torch.finfo(torch.float32).eps * scale
         assert (value - exact[name]).abs().max().item() <= bound, name
 
@@ -191,6 +191,6 @@ def test_half_precision_is_as_accurate_as_pytorch(case: Case, dtype: torch.dtype
     expected, actual = results(theirs, arguments), results(ours(theirs), detached(arguments))
     for name, value in actual.items():
         assert value.dtype == expected[name].dtype
-        scale = exact[name].abs().max().item()
+        scale = max(exact[name].abs().max().item(), 1.0)
         bound = 3 * (expected[name] - exact[name]).abs().max().item() + 4 * torch.finfo(dtype).eps * scale
         assert (value - exact[name]).abs().max().item() <= bound, name

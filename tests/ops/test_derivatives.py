@@ -42,7 +42,7 @@ Function = Callable[..., tuple[Tensor, Tensor]]
 
 def as_function(case: Case) -> tuple[Function, tuple[Tensor, ...]]:
     """The case as a function of its differentiable tensors; logsumexp's −inf rows, which have no gradient, read 0."""
-    options: dict[str, Any] = case.kwargs(torch.float64)
+    options: dict[str, Any] = case.kwargs(torch.float64) | {"enable_gqa": True}
     tensors = dict(zip(("query", "key", "value"), case.tensors(torch.float64), strict=True))
     for name in DIFFERENTIABLE_OPTIONS:
         x = options.get(name)

@@ -99,6 +99,8 @@ def test_nan_reaches_the_rows_that_attend_it_and_no_other(where: str, dtype: tor
         expected[40] = True
     else:
         expected[40:] = True
+    if where == "value":  # a weight of 0 times NaN is NaN, in torch's math too: rows that mask the key may show it
+        nan_rows, expected = nan_rows[40:], expected[40:]
     assert torch.equal(nan_rows, expected)
 
 

@@ -21,9 +21,6 @@ struct alignas(16) Vector {
   static constexpr int kWidth = 16 / sizeof(T);
   T lane[kWidth];
 };
-struct alignas(16) Bits128 {
-  uint32_t word[4];
-};
 
 template <class T>
 TA_DEVICE Vector<T> load_vector(const T* p) {  // p is 16-byte aligned

@@ -107,7 +107,9 @@ bool any_input(const ForwardArguments& a, Predicate&& holds) {
 
 // A C++ Function raises under torch.func's transforms. The header that tells their state is not usable outside PyTorch;
 // the dispatch key that turns them on is.
-bool in_functorch() { return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode); }
+bool in_functorch() {
+  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+}
 
 bool has_tangent(const Tensor& tensor) { return tensor.defined() && tensor._fw_grad(/*level=*/0).defined(); }
 bool requires_grad(const Tensor& tensor) { return tensor.requires_grad(); }

@@ -68,9 +68,11 @@ class Canonical {
  private:
   static void check_ranks(const ForwardArguments& f) {
     const auto check_one = [](const Tensor& t, const char* name) {
-      TORCH_CHECK(t.dim() >= 2, "attention: ", name,
-                  " must have at least 2 dimensions, (..., heads, length, head_dim) or (length, head_dim), but its shape "
-                  "is ", shape_text(t), ".");
+      TORCH_CHECK(
+          t.dim() >= 2, "attention: ", name,
+          " must have at least 2 dimensions, (..., heads, length, head_dim) or (length, head_dim), but its shape "
+          "is ",
+          shape_text(t), ".");
     };
     check_one(f.query, "query");
     check_one(f.key, "key");
@@ -112,10 +114,10 @@ class Canonical {
     for (size_t i = 1; i <= result.size(); ++i) {
       const SymInt l = i <= left.size() ? left[left.size() - i] : SymInt(1);
       const SymInt r = i <= right.size() ? right[right.size() - i] : SymInt(1);
-      TORCH_CHECK(is_one(l) || is_one(r) || l == r,
-                  "attention: the leading dimensions of query, key and value must be broadcastable, but their shapes are ",
-                  shape_text(arguments_.query), ", ", shape_text(arguments_.key), " and ",
-                  shape_text(arguments_.value), ".");
+      TORCH_CHECK(
+          is_one(l) || is_one(r) || l == r,
+          "attention: the leading dimensions of query, key and value must be broadcastable, but their shapes are ",
+          shape_text(arguments_.query), ", ", shape_text(arguments_.key), " and ", shape_text(arguments_.value), ".");
       result[result.size() - i] = is_one(l) ? r : l;
     }
     return result;
@@ -134,9 +136,10 @@ class Canonical {
     if (key_heads != value_heads && is_one(key_heads)) expand(&ForwardArguments::key, kv_heads);
     if (key_heads != value_heads && is_one(value_heads)) expand(&ForwardArguments::value, kv_heads);
     if (enable_gqa || heads == kv_heads || is_one(kv_heads)) return;
-    TORCH_CHECK(is_one(heads), "attention: query has ", heads, " heads and key and value have ", kv_heads,
-                ": the numbers must be equal or one of them 1, or pass enable_gqa=True to let groups of query heads share "
-                "a key/value head.");
+    TORCH_CHECK(
+        is_one(heads), "attention: query has ", heads, " heads and key and value have ", kv_heads,
+        ": the numbers must be equal or one of them 1, or pass enable_gqa=True to let groups of query heads share "
+        "a key/value head.");
     expand(&ForwardArguments::query, kv_heads);
   }
 

@@ -74,13 +74,13 @@ Band make_band(const ForwardArguments& a, const Sizes& s) {
 struct Weights {
   Tensor query, key, value;
   c10::Scalar scale;
-  Tensor capped;          // softcap(scale · q·k)
+  Tensor capped;  // softcap(scale · q·k)
   Tensor minus_distance;
-  Tensor weights;         // the softmax; 0 in empty rows
-  Tensor sink_weights;    // (B, Hq, L, 1): the sink's share; undefined without sinks
-  Tensor kept;            // what dropout multiplies the weights by; undefined without dropout
-  Tensor logsumexp;       // (B, Hq, L, 1)
-  Tensor is_empty;        // (B, Hq, L, 1): no key is attended and no sink is there
+  Tensor weights;       // the softmax; 0 in empty rows
+  Tensor sink_weights;  // (B, Hq, L, 1): the sink's share; undefined without sinks
+  Tensor kept;          // what dropout multiplies the weights by; undefined without dropout
+  Tensor logsumexp;     // (B, Hq, L, 1)
+  Tensor is_empty;      // (B, Hq, L, 1): no key is attended and no sink is there
 
   Tensor drop(const Tensor& t) const { return kept.defined() ? t * kept : t; }
 };
@@ -92,7 +92,8 @@ Weights compute_weights(const ForwardArguments& a, const Sizes& s, const Tensor&
   w.query = a.query.to(accumulator);
   w.key = expand_kv_heads(a.key.to(accumulator), s);
   w.value = expand_kv_heads(a.value.to(accumulator), s);
-  w.scale = o.scale.has_value() ? c10::Scalar(*o.scale) : c10::Scalar(c10::SymFloat(1.0) / c10::SymFloat(s.head_dim).sqrt());
+  w.scale =
+      o.scale.has_value() ? c10::Scalar(*o.scale) : c10::Scalar(c10::SymFloat(1.0) / c10::SymFloat(s.head_dim).sqrt());
 
   w.capped = at::matmul(w.query * w.scale, w.key.transpose(-2, -1));
   if (o.softcap > 0) w.capped = at::tanh(w.capped / o.softcap) * o.softcap;
@@ -126,7 +127,8 @@ Weights compute_weights(const ForwardArguments& a, const Sizes& s, const Tensor&
   }
   if (o.dropout_p > 0)
     w.kept = DropoutKeepMask::call({rng_state, s.batch, s.heads, s.query_length, s.key_length, o.dropout_p})
-                 .to(accumulator) * Dropout::keep_scale(o.dropout_p);
+                 .to(accumulator) *
+             Dropout::keep_scale(o.dropout_p);
   return w;
 }
 
@@ -182,17 +184,14 @@ BackwardResult attention_backward(const BackwardArguments& a) {
       wanted(kQuery, [&] { return by_row(at::matmul(grad_dots, w.key), type); }),
       wanted(kKey, [&] { return by_row(sum_kv_heads(at::matmul(grad_dots.transpose(-2, -1), w.query), s), type); }),
       wanted(kValue,
-             [&] {
-               return by_row(sum_kv_heads(at::matmul(w.drop(w.weights).transpose(-2, -1), grad_out), s), type);
-             }),
+             [&] { return by_row(sum_kv_heads(at::matmul(w.drop(w.weights).transpose(-2, -1), grad_out), s), type); }),
       wanted(kAttnMask, [&] { return sum_to(grad_scores, *o.attn_mask).to(o.attn_mask->scalar_type()); }),
       wanted(kAlibiSlopes,
              [&] {
                const Tensor per_batch = (grad_scores * w.minus_distance).sum({-2, -1});
                return (o.alibi_slopes->dim() == 2 ? per_batch : per_batch.sum(0)).to(o.alibi_slopes->scalar_type());
              }),
-      wanted(kSinks,
-             [&] { return (w.sink_weights * row_term).sum({0, 2, 3}).neg().to(o.sinks->scalar_type()); }),
+      wanted(kSinks, [&] { return (w.sink_weights * row_term).sum({0, 2, 3}).neg().to(o.sinks->scalar_type()); }),
   };
 }
 

@@ -34,8 +34,8 @@ ForwardResult attention_forward_cpu(const ForwardArguments& a) {
 
   const auto options = a.query.options();
   Tensor out = empty_by_row(p.batch, p.heads, p.query_length, p.value_dim, options);
-  Tensor logsumexp = at::empty({p.batch, p.heads, p.query_length},
-                               options.dtype(accumulator_type(a.query.scalar_type())));
+  Tensor logsumexp =
+      at::empty({p.batch, p.heads, p.query_length}, options.dtype(accumulator_type(a.query.scalar_type())));
   forward_calls.fetch_add(1, std::memory_order_relaxed);
   if (logsumexp.numel() > 0) cpu::attention_forward(p, {view_of(out), logsumexp.mutable_data_ptr()}, torch_threads());
   return {out, logsumexp, rng_state};
@@ -98,7 +98,11 @@ BackwardResult attention_backward_cpu(const BackwardArguments& a) {
     grad_slopes = (slopes.dim() == 2 ? grad_slopes : grad_slopes.sum(0)).to(slopes.scalar_type());
   }
   const auto or_no_gradient = [&](const Tensor& t) { return t.defined() ? t : no_gradient(a.query); };
-  return {grad_query, grad_key, grad_value, or_no_gradient(grad_mask), or_no_gradient(grad_slopes),
+  return {grad_query,
+          grad_key,
+          grad_value,
+          or_no_gradient(grad_mask),
+          or_no_gradient(grad_slopes),
           a.output_mask[kSinks] ? grad_sinks_cpu(a) : no_gradient(a.query)};
 }
 

@@ -11,8 +11,7 @@ ForwardResult attention_forward_meta(const ForwardArguments& a) {
   const Sizes s = Sizes::of(a);
   const auto options = a.query.options();
   return {empty_by_row(s.batch, s.heads, s.query_length, s.value_dim, options),
-          at::empty_symint({s.batch, s.heads, s.query_length},
-                           options.dtype(accumulator_type(a.query.scalar_type()))),
+          at::empty_symint({s.batch, s.heads, s.query_length}, options.dtype(accumulator_type(a.query.scalar_type()))),
           at::empty({2}, options.dtype(at::kLong))};
 }
 

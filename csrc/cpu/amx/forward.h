@@ -1,0 +1,243 @@
+// The forward pass for bfloat16 on AMX: the same walk over the keys as ../forward.h, whose comments apply, with both
+// products on tile registers. Weights are rounded to bfloat16 for the second product, their sum is not. Included by
+// instantiate/amx.cpp.
+#pragma once
+
+#include "../forward.h"
+#include "tiles.h"
+
+namespace torch_attn::cpu::TORCH_ATTN_ISA {
+
+// One panel is two vectors of lanes: two tiles wide, as one 2 × 2 block of tile products needs.
+constexpr int kAmxVectors = 2;
+constexpr int64_t kAmxLanes = kAmxVectors * kLanes<float>;
+constexpr int64_t kAmxRows = 256;
+constexpr int64_t kAmxKeys = 128;
+
+// maximum[lane] is raised to include factor times the dots of keys [begin, end); factor > 0.
+TA_NOINLINE void raise_maximum(int64_t begin, int64_t end, float factor, const float* dots, float* maximum) {
+  Vec<float> highest[2 * kAmxVectors];
+#pragma GCC unroll 4
+  for (int n = 0; n < 2 * kAmxVectors; ++n) highest[n] = load(dots + begin * kAmxLanes + n * kLanes<float>);
+  for (int64_t j = begin + 2; j < end; j += 2) {
+#pragma GCC unroll 4
+    for (int n = 0; n < 2 * kAmxVectors; ++n) highest[n] = max(highest[n], load(dots + j * kAmxLanes + n * kLanes<float>));
+  }
+#pragma GCC unroll 2
+  for (int n = 0; n < kAmxVectors; ++n) {
+    float* place = maximum + n * kLanes<float>;
+    store(place, max(load(place), max(highest[n], highest[n + kAmxVectors]) * factor));
+  }
+}
+
+// Scores (divided by factor) become weights, stored as the pairs of a B operand that starts at key begin; sum is brought up
+// to date. keep is null without dropout.
+TA_NOINLINE void softmax_pairs(int64_t begin, int64_t end, float factor, const float* scores, const float* keep,
+                               const float* maximum, const float* rescale, float* sum, uint16_t* pairs) {
+  using Math = VectorMath<float>;
+  constexpr int n_lanes = kLanes<float>;
+#pragma GCC unroll 2
+  for (int n = 0; n < kAmxVectors; ++n) {
+    const Vec<float> subtracted = OnlineSoftmax<Math>::safe_maximum(load(maximum + n * n_lanes));
+    Vec<float> even_sum{}, odd_sum{};
+    for (int64_t j = begin; j < end; j += 2) {
+      const int64_t place = j * kAmxLanes + n * n_lanes;
+      Vec<float> even = Math::exp(load(scores + place) * factor - subtracted);
+      Vec<float> odd = Math::exp(load(scores + place + kAmxLanes) * factor - subtracted);
+      even_sum += even;
+      odd_sum += odd;
+      if (keep != nullptr) {
+        even *= load(keep + place);
+        odd *= load(keep + place + kAmxLanes);
+      }
+      store_pairs(pairs + (j - begin) * kAmxLanes + 2 * n * n_lanes, even, odd);
+    }
+    float* total = sum + n * n_lanes;
+    store(total, load(total) * load(rescale + n * n_lanes) + (even_sum + odd_sum));
+  }
+}
+
+// rescale[lane] = what the output so far is multiplied by. False if that is 1 everywhere.
+TA_INLINE bool rescale_factors(const float* old_maximum, const float* maximum, float* rescale) {
+  bool changed = false;
+  for (int n = 0; n < kAmxVectors; ++n) {
+    const Vec<float> before = load(old_maximum + n * kLanes<float>), now = load(maximum + n * kLanes<float>);
+    store(rescale + n * kLanes<float>, OnlineSoftmax<VectorMath<float>>::rescale(before, now));
+    changed = changed || _mm512_cmp_ps_mask(before, now, _CMP_NEQ_UQ) != 0;
+  }
+  return changed;
+}
+
+struct AmxForward {
+  const AttentionProblem& p;
+  const ForwardOutputs& outputs;
+  Dropout dropout;
+  int64_t block_rows, row_blocks;
+  int64_t head_dim, value_dim;  // padded to whole tile depths
+
+  AmxForward(const AttentionProblem& problem, const ForwardOutputs& out, int threads)
+      : p(problem),
+        outputs(out),
+        dropout(Dropout::make(problem.dropout_p, problem.philox_seed, problem.philox_offset)),
+        head_dim(round_up(problem.head_dim, kTileDepth)),
+        value_dim(round_up(problem.value_dim, kTileSide)) {
+    int64_t most = kAmxRows;
+    const auto items = [&] { return p.batch * p.heads * ((p.query_length + most - 1) / most); };
+    while (most > 2 * kAmxLanes && items() < 4 * threads) most /= 2;
+    const int64_t blocks = (p.query_length + most - 1) / most;
+    block_rows = round_up((p.query_length + blocks - 1) / blocks, kAmxLanes);
+    row_blocks = (p.query_length + block_rows - 1) / block_rows;
+  }
+
+  int64_t items() const { return p.batch * p.heads * row_blocks; }
+
+  struct Block {
+    int64_t batch, head, row, rows, lanes;
+    uint16_t* query;                              // B operands: [lane offset · head_dim][head_dim / 2][lane][2]
+    float* out;                                   // [lane offset · value_dim][value_dim][lane]
+    float *maximum, *old_maximum, *sum, *rescale;  // [lane]
+    float *scores, *keep, *bias, *staging;        // one tile: [key][lane]
+    uint16_t* weights;                            // a B operand
+  };
+
+  // A block of keys as A operands: keys by rows, values transposed.
+  struct KeyBlock {
+    int64_t key, keys, all_keys;  // all_keys: with padding
+    HalfRows key_rows;
+    const uint16_t* values;  // [value_dim][all_keys]
+  };
+
+  void run(int64_t item, Scratch& scratch) const {
+    const TileSession session;
+    Block block;
+    block.batch = item / (p.heads * row_blocks);
+    block.head = item / row_blocks % p.heads;
+    block.row = (row_blocks - 1 - item % row_blocks) * block_rows;
+    block.rows = smaller(block_rows, p.query_length - block.row);
+    block.lanes = round_up(block.rows, kAmxLanes);
+    const ScoreStage<float> stage(p, block.batch, block.head);
+    const int64_t kv_head = block.head / (p.heads / p.kv_heads);
+    const int64_t packed_values = round_up(p.value_dim, kTileDepth);
+    constexpr int64_t tile = kAmxKeys * kAmxLanes;
+
+    block.query = scratch.take<uint16_t>(block.lanes * head_dim);
+    block.out = scratch.take<float>(block.lanes * value_dim);
+    for (float** array : {&block.maximum, &block.old_maximum, &block.sum, &block.rescale}) {
+      *array = scratch.take<float>(block.lanes);
+    }
+    block.scores = scratch.take<float>(tile);
+    block.keep = p.dropout_p > 0 ? scratch.take<float>(tile) : nullptr;
+    block.bias = scratch.take<float>(stage.mask ? tile : 0);
+    block.staging = scratch.take<float>(stage.mask ? tile : 0);
+    block.weights = scratch.take<uint16_t>(tile);
+    auto* key_scratch = scratch.take<uint16_t>(kAmxKeys * head_dim);
+    auto* value_scratch = scratch.take<uint16_t>(kAmxKeys * packed_values);
+    auto* value_pairs = scratch.take<uint16_t>(kAmxKeys * packed_values);
+    auto* values = scratch.take<uint16_t>(kAmxKeys * packed_values);
+
+    load_query(block, scratch);
+    start(block);
+    const KeyRange range = stage.band.keys_of_any(block.row, block.row + block.rows);
+    for (int64_t key = range.begin; key < range.end; key += kAmxKeys) {
+      const int64_t keys = smaller(kAmxKeys, range.end - key), all_keys = round_up(keys, kTileDepth);
+      BiasTile<float> bias;
+      if (stage.mask_is_per_key()) {
+        if (!load_bias_per_key(stage, key, keys, block.bias)) continue;
+        bias.per_key = block.bias;
+      }
+      const HalfRows key_rows =
+          half_rows(p.key, block.batch, kv_head, key, keys, p.head_dim, all_keys, head_dim, key_scratch);
+      const HalfRows value_rows =
+          half_rows(p.value, block.batch, kv_head, key, keys, p.value_dim, all_keys, packed_values, value_scratch);
+      transpose_rows(values, value_rows, all_keys, packed_values, value_pairs);
+      const KeyBlock key_block{key, keys, all_keys, key_rows, values};
+      for (int64_t offset = 0; offset < block.lanes; offset += kAmxLanes) add_keys(block, offset, stage, bias, key_block);
+    }
+    finish(block, scratch);
+  }
+
+  void load_query(const Block& block, Scratch& scratch) const {
+    auto* memory = scratch.take<uint16_t>(block.rows * head_dim);
+    const HalfRows rows = half_rows(p.query, block.batch, block.head, block.row, block.rows, p.head_dim, block.rows,
+                                    head_dim, memory);
+    for (int64_t offset = 0; offset < block.lanes; offset += kAmxLanes) {
+      pack_pairs(block.query + offset * head_dim, kAmxLanes, {rows.data + offset * rows.stride, rows.stride},
+                 block.rows - offset, head_dim);
+    }
+  }
+
+  void start(const Block& block) const {
+    const float lowest = -__builtin_inff();
+    float sink = lowest;
+    if (p.sinks.defined()) sink = static_cast<const float*>(p.sinks.data)[block.head * p.sinks.stride[1]];
+    fill<float>(block.maximum, sink, block.lanes);
+    fill<float>(block.sum, sink == lowest ? 0 : 1, block.lanes);
+    fill<float>(block.out, 0, block.lanes * value_dim);
+  }
+
+  TA_NOINLINE void add_keys(const Block& block, int64_t offset, const ScoreStage<float>& stage, BiasTile<float> bias,
+                            const KeyBlock& keys) const {
+    const int64_t row = block.row + offset, rows = smaller(kAmxLanes, block.rows - offset);
+    const KeySpan span = KeySpan::of(stage.band, row, rows, keys.key, keys.all_keys, kTileDepth);
+    if (span.empty()) return;
+    if (stage.mask && bias.per_key == nullptr) {
+      if (!load_bias_per_lane(stage, row, rows, kAmxLanes, keys.key, span.begin, span.end, block.staging, block.bias)) {
+        return;
+      }
+      bias.per_lane = block.bias;
+    }
+    const int64_t count = span.end - span.begin;
+    const TileOperand key_operand{keys.key_rows.data + span.begin * keys.key_rows.stride, keys.key_rows.stride * 2,
+                                  kTileDepth * 2};
+    const TileOperand query_operand{block.query + offset * head_dim, kAmxLanes * 4, kTileDepth / 2 * kAmxLanes * 4};
+    tile_product<false>(count / kTileSide, kAmxVectors, head_dim / kTileDepth, key_operand, query_operand,
+                        block.scores + span.begin * kAmxLanes, kAmxLanes);
+
+    float *maximum = block.maximum + offset, *old_maximum = block.old_maximum + offset, *rescale = block.rescale + offset;
+    __builtin_memcpy(old_maximum, maximum, kAmxLanes * sizeof(float));
+    float factor = stage.dot_factor();
+    if (stage.changes_elements() || span.has_edges() || !(factor > 0)) {
+      modify_scores<float, kAmxVectors>(stage, bias, span.has_edges(), row, keys.key, span.begin, span.end, factor,
+                                        block.scores, nullptr, maximum);
+      factor = 1;
+    } else {
+      raise_maximum(span.begin, span.end, factor, block.scores, maximum);
+    }
+    const bool rescaled = rescale_factors(old_maximum, maximum, rescale);
+    if (p.dropout_p > 0) {
+      dropout_tile<float, kAmxVectors>(dropout, static_cast<float>(Dropout::keep_scale(p.dropout_p)),
+                                       block.batch * p.heads + block.head, row, keys.key + span.begin, count,
+                                       block.keep + span.begin * kAmxLanes);
+    }
+    softmax_pairs(span.begin, span.end, factor, block.scores, block.keep, maximum, rescale, block.sum + offset,
+                  block.weights);
+    float* out = block.out + offset * value_dim;
+    if (rescaled) {
+      for (int64_t i = 0; i < value_dim * kAmxLanes; i += kLanes<float>) {
+        store(out + i, load(out + i) * load(rescale + i % kAmxLanes));
+      }
+    }
+    const TileOperand value_operand{keys.values + span.begin, keys.all_keys * 2, kTileDepth * 2};
+    const TileOperand weight_operand{block.weights, kAmxLanes * 4, kTileDepth / 2 * kAmxLanes * 4};
+    tile_product<true>(value_dim / kTileSide, kAmxVectors, count / kTileDepth, value_operand, weight_operand, out, kAmxLanes);
+  }
+
+  void finish(const Block& block, Scratch& scratch) const {
+    using Softmax = OnlineSoftmax<VectorMath<float>>;
+    float* rows = scratch.take<float>(kAmxLanes * value_dim);
+    for (int64_t i = 0; i < block.lanes; i += kLanes<float>) {
+      const Vec<float> sum = load(block.sum + i);
+      store(block.maximum + i, Softmax::logsumexp(load(block.maximum + i), sum));
+      store(block.sum + i, Softmax::inverse_sum(sum));
+    }
+    float* logsumexp =
+        static_cast<float*>(outputs.logsumexp) + (block.batch * p.heads + block.head) * p.query_length + block.row;
+    __builtin_memcpy(logsumexp, block.maximum, block.rows * sizeof(float));
+    for (int64_t offset = 0; offset < block.lanes; offset += kAmxLanes) {
+      store_panel(outputs.out, block.batch, block.head, block.row + offset, smaller(kAmxLanes, block.rows - offset),
+                  p.value_dim, block.out + offset * value_dim, kAmxLanes, block.sum + offset, rows);
+    }
+  }
+};
+
+}  // namespace torch_attn::cpu::TORCH_ATTN_ISA

@@ -1,0 +1,40 @@
+// bfloat16 on AMX; everything else runs the AVX-512 kernels. CMakeLists.txt gives this file its compiler flags.
+#define TORCH_ATTN_ISA amx
+#include "../amx/forward.h"
+#include "../amx/walk.h"
+
+namespace torch_attn::cpu {
+namespace amx {
+
+// With fewer rows a panel's lanes would be mostly empty.
+constexpr int64_t kFewestRows = 16;
+
+static bool suits_amx(const AttentionProblem& p) {
+  return p.dtype == ScalarType::kBFloat16 && p.query_length >= kFewestRows && p.batch * p.kv_heads > 0;
+}
+
+static void forward(const AttentionProblem& p, const ForwardOutputs& outputs, const Parallel& parallel) {
+  if (!suits_amx(p)) return kAvx512Kernels.forward(p, outputs, parallel);
+  const AmxForward kernel(p, outputs, parallel.threads);
+  for_each_item(parallel, kernel.items(), [&](int64_t item, Scratch& scratch) { kernel.run(item, scratch); });
+}
+
+// Rows whose weights must be normalised once more are left to the kernels that do so.
+static bool has_large_logsumexp(const AttentionProblem& p, const BackwardTensors& t) {
+  const float* logsumexp = static_cast<const float*>(t.logsumexp);
+  bool any = false;
+  for (int64_t i = 0; i < p.batch * p.heads * p.query_length; ++i) any |= is_large_logsumexp(logsumexp[i]);
+  return any;
+}
+
+static void backward(const AttentionProblem& p, const BackwardTensors& t, const Parallel& parallel) {
+  if (!suits_amx(p) || has_large_logsumexp(p, t)) return kAvx512Kernels.backward(p, t, parallel);
+  if (t.grad_attn_mask.defined()) mask_gradient<float>(p, t, parallel);
+  backward_with<AmxWalk>(p, t, parallel);
+}
+
+}  // namespace amx
+
+const KernelTable kAmxKernels = {amx::forward, amx::backward};
+
+}  // namespace torch_attn::cpu

@@ -1,0 +1,177 @@
+// The forward pass on tensor cores (Dao 2023, "FlashAttention-2", algorithm 1): one block per 64 · kM query rows. Keys and
+// values stream through two buffers each; while one is used, cp.async fills the other.
+#pragma once
+
+#include "../launch.h"
+#include "score_tile.cuh"
+
+namespace torch_attn::cuda::sm80 {
+
+// kM: groups of 16 rows a warp owns. kKeys: keys of a step. Both are bounded by registers: the output's accumulators take
+// kM · kDim / 2 of the 255, the scores kM · kKeys / 2.
+template <int kDim>
+struct ForwardShape {
+  static constexpr int kM = kDim <= 128 ? 2 : 1;
+  static constexpr int kKeys = kDim <= 64 ? 64 : 32;
+  static constexpr int kRows = 16 * kM * kWarps;
+};
+
+template <class T, int kDim>
+struct ForwardShared {
+  using Shape = ForwardShape<kDim>;
+  Tile<T, Shape::kRows, kDim> query;
+  Tile<T, Shape::kKeys, kDim> key[2], value[2];
+};
+
+template <class T, int kDim, bool kFull>
+__global__ void __launch_bounds__(kThreads)
+    forward_kernel(const __grid_constant__ AttentionProblem p, const __grid_constant__ ForwardOutputs out) {
+  using Shape = ForwardShape<kDim>;
+  using Softmax = OnlineSoftmax<Math<float>>;
+  constexpr int kM = Shape::kM, kKeys = Shape::kKeys, kGroups = kKeys / 8;
+  TA_DYNAMIC_SHARED(memory);
+  auto& shared = *reinterpret_cast<ForwardShared<T, kDim>*>(memory);
+
+  const int64_t tiles = ceil_div(p.query_length, Shape::kRows);
+  int64_t index = blockIdx.x;
+  const int64_t row = (tiles - 1 - index % tiles) * Shape::kRows;  // the longest rows of a causal mask first
+  index /= tiles;
+  const int64_t head = index % p.heads, batch = index / p.heads;
+  const int64_t row_end = row + Shape::kRows < p.query_length ? row + Shape::kRows : p.query_length;
+  const int lane = lane_index(), warp_row = 16 * kM * warp_index();
+
+  const HeadScore<float> score(p, batch, head);
+  const int64_t kv_head = head / p.group_size();
+  const Rows<T> query(p.query, batch, head, p.query_length, p.head_dim);
+  const Rows<T> key(p.key, batch, kv_head, p.key_length, p.head_dim);
+  const Rows<T> value(p.value, batch, kv_head, p.key_length, p.value_dim);
+
+  // weight = 2^(x · factor − maximum · factor). x is the score; in a plain kernel q·k, and the factor holds the scale.
+  const float unit = kFull ? 1.0f : score.mod.scale, factor = unit * kLog2E;
+  const float sink = p.sinks.defined() ? static_cast<const float*>(p.sinks.data)[head * p.sinks.stride[1]] / unit
+                                       : -INFINITY;
+  float maximum[kM][2], sum[kM][2], result[kM][kDim / 8][4] = {};
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      maximum[m][half] = sink;
+      sum[m][half] = sink != -INFINITY && lane % 4 == 0 ? 1.0f : 0.0f;  // of four lanes, to be added at the end
+    }
+
+  const KeyRange range = score.band.keys_of_any(row, row_end);
+  const int64_t begin = range.begin / kKeys * kKeys;
+  const int steps = range.empty() ? 0 : static_cast<int>(ceil_div(range.end - begin, kKeys));
+  copy_tile(shared.query, query, row);
+  if (steps > 0) copy_tile(shared.key[0], key, begin);
+  ptx::cp_async_commit();
+  if (steps > 0) copy_tile(shared.value[0], value, begin);
+  ptx::cp_async_commit();
+
+  for (int step = 0; step < steps; ++step) {
+    const int64_t first = begin + int64_t{step} * kKeys;
+    ptx::cp_async_wait<1>();  // this step's keys, and the queries
+    __syncthreads();
+    if (step + 1 < steps) copy_tile(shared.key[(step + 1) % 2], key, first + kKeys);
+    ptx::cp_async_commit();
+
+    float x[kM][kGroups][4] = {};
+    multiply_transposed<kM>(x, shared.query, warp_row, shared.key[step % 2]);
+    const bool tested = !score.unmasked(row, row_end, first, first + kKeys);
+    if (kFull || tested) {
+#pragma unroll
+      for (int m = 0; m < kM; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int64_t r = row + warp_row + 16 * m + 8 * half + lane / 4;
+          const TileRange attended = TileRange::of_row(score, r, first, kKeys);
+#pragma unroll
+          for (int n = 0; n < kGroups; ++n)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              const int k = 8 * n + 2 * (lane % 4) + e;
+              float& element = x[m][n][2 * half + e];
+              if (kFull)
+                element = full_score(score, score.mod.capped(element), r, first + k, attended.contains(k));
+              else if (!attended.contains(k))
+                element = -INFINITY;
+            }
+        }
+    }
+
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float largest = maximum[m][half];
+#pragma unroll
+        for (int n = 0; n < kGroups; ++n) largest = fmaxf(largest, fmaxf(x[m][n][2 * half], x[m][n][2 * half + 1]));
+        largest = row_max(largest);
+        const float safe = Softmax::safe_maximum(largest);
+        const float rescale =
+            maximum[m][half] == largest ? 1.0f : ptx::ex2_approx((maximum[m][half] - largest) * factor);
+        maximum[m][half] = largest;
+        float total = 0;
+#pragma unroll
+        for (int n = 0; n < kGroups; ++n)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            float& element = x[m][n][2 * half + e];
+            // A full kernel subtracts first: a mask's −3e38 times the factor would be infinite.
+            element = ptx::ex2_approx(kFull ? (element - safe) * factor : element * factor - safe * factor);
+            total += element;
+          }
+        sum[m][half] = sum[m][half] * rescale + total;
+#pragma unroll
+        for (int n = 0; n < kDim / 8; ++n) {
+          result[m][n][2 * half] *= rescale;
+          result[m][n][2 * half + 1] *= rescale;
+        }
+      }
+    if (kFull && score.dropout_on) {
+#pragma unroll
+      for (int m = 0; m < kM; ++m)
+#pragma unroll
+        for (int n = 0; n < kGroups; ++n) {
+          const uint32_t kept = kept_of_query_rows(score, row + warp_row + 16 * m, first + 8 * n);
+#pragma unroll
+          for (int e = 0; e < 4; ++e)
+            if (!(kept >> e & 1)) x[m][n][e] = 0;
+        }
+    }
+
+    ptx::cp_async_wait<1>();  // this step's values
+    __syncthreads();
+    if (step + 1 < steps) copy_tile(shared.value[(step + 1) % 2], value, first + kKeys);
+    ptx::cp_async_commit();
+    multiply<kM, kDim>(result, x, shared.value[step % 2], 0);
+  }
+
+  if (steps == 0) {  // nothing was attended: only the query's copy is to be waited for
+    ptx::cp_async_wait<0>();
+    __syncthreads();
+  }
+  float inverse[kM][2];
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float total = row_sum(sum[m][half]);
+      inverse[m][half] = Softmax::inverse_sum(total) * (kFull && score.dropout_on ? score.keep_scale : 1.0f);
+      const int64_t r = row + warp_row + 16 * m + 8 * half + lane / 4;
+      if (lane % 4 == 0 && r < p.query_length)
+        static_cast<float*>(out.logsumexp)[score.batch_head * p.query_length + r] =
+            Softmax::logsumexp(maximum[m][half] * unit, total);
+    }
+  const Rows<T> to(out.out, batch, head, p.query_length, p.value_dim);
+  store_rows<kM, kDim>(to, row + warp_row, 0, result, inverse, shared.query, warp_row);
+}
+
+template <class T, int kDim, bool kFull>
+void forward(const AttentionProblem& p, const ForwardOutputs& out, const Stream& stream) {
+  const int64_t tiles = (p.query_length + ForwardShape<kDim>::kRows - 1) / ForwardShape<kDim>::kRows;
+  launch(forward_kernel<T, kDim, kFull>, p.batch * p.heads * tiles, kThreads, sizeof(ForwardShared<T, kDim>), stream, p,
+         out);
+}
+
+}  // namespace torch_attn::cuda::sm80

@@ -1,0 +1,92 @@
+// What every fused implementation of the operators does around its kernels: it allocates what they write, hands them plain
+// data, and finishes the small gradients with tensor operators. Included by the implementations' files.
+#pragma once
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/empty.h>
+
+#include <limits>
+
+#include "ops/check.h"
+#include "ops/make_problem.h"
+#include "ops/outputs.h"
+
+namespace torch_attn::ops {
+
+// run(problem, outputs)
+template <class Run>
+ForwardResult run_forward(const ForwardArguments& a, Run&& run) {
+  const Tensor rng_state = make_rng_state(a.options.dropout_p, a.query);
+  const PreparedProblem prepared = make_problem(a, rng_state);
+  const AttentionProblem& p = prepared.problem;
+  const auto options = a.query.options();
+  Tensor out = empty_by_row(p.batch, p.heads, p.query_length, p.value_dim, options);
+  Tensor logsumexp =
+      at::empty({p.batch, p.heads, p.query_length}, options.dtype(accumulator_type(a.query.scalar_type())));
+  if (logsumexp.numel() > 0) run(p, ForwardOutputs{view_of(out), logsumexp.mutable_data_ptr()});
+  return {out, logsumexp, rng_state};
+}
+
+// -Σ P_sink · (rowsum(grad_out · out) - grad_logsumexp), where P_sink = exp(sink - logsumexp) is the sink's share.
+inline Tensor grad_sinks(const BackwardArguments& a) {
+  const Tensor& sinks = *a.options.sinks;
+  const auto accumulator = a.logsumexp.scalar_type();
+  Tensor row_term = (a.grad_out.to(accumulator) * a.out.to(accumulator)).sum(-1);
+  if (is_defined(a.grad_logsumexp)) row_term = row_term - *a.grad_logsumexp;
+  const Tensor share = (sinks.to(accumulator).unsqueeze(-1) - a.logsumexp).exp();
+  const Tensor is_empty = a.logsumexp == -std::numeric_limits<double>::infinity();
+  return (share * row_term).masked_fill(is_empty, 0).sum({0, 2}).neg().to(sinks.scalar_type());
+}
+
+// run(problem, tensors)
+template <class Run>
+BackwardResult run_backward(const BackwardArguments& a, Run&& run) {
+  check_arguments(a);
+  const PreparedProblem prepared = make_problem(a.forward(), a.rng_state);
+  const AttentionProblem& p = prepared.problem;
+  const auto accumulator = a.query.options().dtype(a.logsumexp.scalar_type());
+
+  // What the kernel reads.
+  const Tensor out = with_unit_column_stride(a.out), grad_out = with_unit_column_stride(a.grad_out);
+  const Tensor logsumexp = a.logsumexp.contiguous();
+  const Tensor grad_logsumexp = is_defined(a.grad_logsumexp) ? a.grad_logsumexp->contiguous() : Tensor();
+  BackwardTensors t;
+  t.out = view_of(out);
+  t.grad_out = view_of(grad_out);
+  t.out.stride[3] = t.grad_out.stride[3] = 1;
+  t.logsumexp = logsumexp.const_data_ptr();
+  t.grad_logsumexp = grad_logsumexp.defined() ? grad_logsumexp.const_data_ptr() : nullptr;
+
+  // What it writes.
+  const auto allocate = [&](Gradient gradient, const Tensor& input, TensorView& view) {
+    if (!a.output_mask[gradient]) return no_gradient(a.query);
+    Tensor result = empty_by_row_like(input);
+    view = view_of(result);
+    view.stride[3] = 1;
+    return result;
+  };
+  Tensor grad_query = allocate(kQuery, a.query, t.grad_query);
+  Tensor grad_key = allocate(kKey, a.key, t.grad_key);
+  Tensor grad_value = allocate(kValue, a.value, t.grad_value);
+  Tensor grad_mask = no_gradient(a.query), grad_slopes = grad_mask;
+  if (a.output_mask[kAttnMask]) {
+    grad_mask = at::empty(a.options.attn_mask->sizes(), accumulator);
+    t.grad_attn_mask = view_of(grad_mask);
+  }
+  if (a.output_mask[kAlibiSlopes]) {
+    grad_slopes = at::empty({p.batch, p.heads}, accumulator);
+    t.grad_alibi_slopes = grad_slopes.mutable_data_ptr();
+  }
+
+  run(p, t);
+
+  if (a.output_mask[kAttnMask]) grad_mask = grad_mask.to(a.options.attn_mask->scalar_type());
+  if (a.output_mask[kAlibiSlopes]) {
+    const Tensor& slopes = *a.options.alibi_slopes;
+    grad_slopes = (slopes.dim() == 2 ? grad_slopes : grad_slopes.sum(0)).to(slopes.scalar_type());
+  }
+  return {grad_query, grad_key,    grad_value,
+          grad_mask,  grad_slopes, a.output_mask[kSinks] ? grad_sinks(a) : no_gradient(a.query)};
+}
+
+}  // namespace torch_attn::ops
