@@ -27,8 +27,8 @@ def replace_mha(model: nn.Module) -> nn.Module:
     TorchScript. The nested tensors of nn.TransformerEncoder still work: outputs at padded positions are 0, as before.
 
     Subclasses of nn.MultiheadAttention, modules whose ``forward`` was replaced on the instance, and modules already
-    compiled by TorchScript are left alone, with a warning that names them. torch.fx takes PyTorch's module for a leaf but
-    not this one: trace a model before replacing, or with a Tracer whose ``is_leaf_module`` says so.
+    compiled by TorchScript are left alone, with a warning that names them. torch.fx takes PyTorch's module for a leaf,
+    but not this one: trace a model before replacing, or with a Tracer whose ``is_leaf_module`` says so.
     """
     for name, module in model.named_modules():
         reason = _why_not_replaced(module)
