@@ -6,14 +6,25 @@ VENV := .venv
 BIN := $(VENV)/bin
 LIBRARY := torch_attn/lib/libtorch_attn.so
 BUILD_SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc cmake -type f)
-CPP_SOURCES = $(shell find csrc examples tests -name '*.h' -o -name '*.cpp')
+CPP_SOURCES = $(shell find benchmarks csrc examples tests -regex '.*\.\(h\|cpp\|cu\|cuh\)')
 
-.PHONY: build test lint format demo clean FORCE
+# Its tools, CMake and Ninja among them, come before the machine's.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+# OpenMP's threads give their core away while they wait. The default, to spin, costs tenfold where a neighbour wants it.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: build test sanitize lint format demo clean FORCE
 
 build: $(VENV)/.installed
 
 test: lint build
 	$(BIN)/python -m pytest
+
+# The CUDA kernels in the emulator, under AddressSanitizer.
+sanitize: build
+	TORCH_ATTN_EMULATION_CHECK=address ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD=$(shell $(CXX) -print-file-name=libasan.so) $(BIN)/python -m pytest tests/cuda_emulation
 
 lint: $(VENV)/.requirements
 	$(BIN)/ruff check .
@@ -43,7 +54,7 @@ $(VENV)/.built: $(BUILD_SOURCES) $(VENV)/.requirements $(if $(wildcard $(LIBRARY
 	$(BIN)/python setup.py -q build_ext --inplace
 	@touch $@
 
-$(VENV)/.installed: setup.py pyproject.toml $(VENV)/.built
+$(VENV)/.installed: setup.py pyproject.toml | $(VENV)/.built
 	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
 	@touch $@
 

@@ -1,7 +1,7 @@
 """Builds torch_attn: CMake and Ninja compile one library of operators and install it into the Python package.
 
-Called by pip (`pip install . --no-build-isolation`, or `-e .` as `make build` does). The environment may hold CMAKE_ARGS
-(more arguments for CMake's configure step, e.g. -DTORCH_ATTN_CUDA=OFF) and MAX_JOBS (how many files to compile at once).
+Called by pip (`pip install . --no-build-isolation`) and by `make build`. The environment may hold CMAKE_ARGS (more
+arguments for CMake's configure step, e.g. -DTORCH_ATTN_CUDA=OFF) and MAX_JOBS (how many files to compile at once).
 """
 
 import importlib.metadata
@@ -35,7 +35,8 @@ def installed_torch() -> tuple[str, Path]:
 
 def tool(name: str) -> str:
     """Path of a build tool; one that pip installed beside this Python comes before the system's."""
-    found = shutil.which(name, path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)]))
+    folders = [sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)]
+    found = shutil.which(name, path=os.pathsep.join(folders))
     if found is None:
         raise SystemExit(f"torch_attn needs {name} to build, and it is not on the PATH: run `pip install {name}`.")
     return found

@@ -89,7 +89,7 @@ def sinks(case: Case, dtype: torch.dtype) -> dict[str, Any]:
 
 def everything(case: Case, dtype: torch.dtype) -> dict[str, Any]:
     mask = float_mask("H", "L", "S")(case, dtype)
-    mask["attn_mask"][..., 5, :] = -math.inf
+    mask["attn_mask"][..., 2, :] = -math.inf
     return mask | key_lengths(case, dtype) | alibi_per_batch(case, dtype) | sinks(case, dtype)
 
 
@@ -161,8 +161,9 @@ CASE_BY_NAME = {case.name: case for case in CASES}
 
 def small(case: Case) -> Case:
     """The same call at a size that numerical differentiation can afford."""
-    sizes = {"query_length": min(case.query_length, 6), "key_length": min(case.key_length, 7)}
-    sizes |= {"head_dim": min(case.head_dim, 3), "value_dim": min(case.value_dim, 2), "batch": min(case.batch, 2)}
+    lengths = (4, 2) if case.query_length > case.key_length else (3, 4)  # empty rows stay empty
+    sizes = {"query_length": min(case.query_length, lengths[0]), "key_length": min(case.key_length, lengths[1])}
+    sizes |= {"head_dim": min(case.head_dim, 2), "value_dim": min(case.value_dim, 1), "batch": min(case.batch, 2)}
     options = dict(case.options)
     if "window_left" in options:
         options["window_left"] = 2

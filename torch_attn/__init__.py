@@ -4,6 +4,7 @@ from ._library import load as _load
 
 _load()  # registers the operators before anything below names them
 
+from . import _vmap  # noqa: E402, F401  (registers the batching rules)
 from .functional import attention, scaled_dot_product_attention  # noqa: E402
 from .modules import MultiheadAttention  # noqa: E402
 from .replace import replace_mha, restore_mha  # noqa: E402

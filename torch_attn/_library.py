@@ -19,7 +19,7 @@ REBUILD = "run `pip install --no-build-isolation --no-deps --force-reinstall .` 
 
 
 def build_info() -> dict[str, str]:
-    """What CMake wrote beside the library: version, torch (its release) and cuda_off_reason."""
+    """What CMake wrote beside the library: version, torch, cuda_architectures, cuda_off_reason."""
     return json.loads(BUILD_INFO.read_text())
 
 
@@ -30,8 +30,8 @@ def load() -> None:
     built_for = build_info()["torch"]
     if torch.__version__.split("+")[0] != built_for:
         raise ImportError(
-            f"torch_attn was built for torch {built_for}, but torch {torch.__version__} is running: to rebuild it for this "
-            f"torch, {REBUILD}."
+            f"torch_attn was built for torch {built_for}, but torch {torch.__version__} is running: to rebuild it for "
+            f"this torch, {REBUILD}."
         )
     try:
         torch.ops.load_library(LIBRARY)

@@ -12,6 +12,18 @@ from ._library import LIBRARY, build_info
 ISA_VARIABLE = "TORCH_ATTN_CPU_ISA"
 
 
+def cuda_state(build: dict[str, str]) -> str:
+    """Whether a CUDA tensor meets this library's CUDA kernels; if not, it gets the composite."""
+    if build["cuda_off_reason"]:
+        return f"off: {build['cuda_off_reason']}"
+    compiled = f"compiled for {build['cuda_architectures']}"
+    if not torch.backends.cuda.is_built():
+        return f"off: {compiled}, but this torch was built without CUDA"
+    if not torch.cuda.is_available():
+        return f"off: {compiled}, but torch finds no GPU"
+    return f"on: {compiled}; {torch.cuda.get_device_name()}"
+
+
 def report() -> str:
     """The report as text, one fact a line."""
     build = build_info()
@@ -34,7 +46,7 @@ def report() -> str:
             "cpu": f"on: {torch.ops.torch_attn.cpu_isa()} ({how})",
             "cpu instruction sets": available,
             "cpu threads": str(torch.get_num_threads()),
-            "cuda": f"off: {build['cuda_off_reason']}",
+            "cuda": cuda_state(build),
             "composite": "on: other devices, torch.func transforms, forward-mode and second derivatives",
         },
     }

@@ -33,8 +33,9 @@ struct Philox4x32 {
   }
 };
 
-// Four consecutive keys share one Philox call. The counter holds (key / 4, row, batch · Hq + head, 0) as 32-bit words,
-// plus the offset as a 64-bit number added to words 2 and 3; the Philox key is the seed. Lengths and B · Hq are below 2^32.
+// Four consecutive keys share one Philox call. The counter holds (key / 4, row, batch_head, 0) as 32-bit words, where
+// batch_head is AttentionProblem::dropout_batch_head, plus the offset as a 64-bit number added to words 2 and 3; the
+// Philox key is the seed. Lengths and B · Hq are below 2^32.
 struct Dropout {
   uint64_t seed;
   uint64_t offset;

@@ -43,10 +43,10 @@ struct AttentionProblem {
 
   // score = softcap(scale · q·k) + alibi + attn_mask; see score_mod.h.
   double scale = 1.0;
-  double softcap = 0.0;       // 0: off
-  TensorView attn_mask;       // kBool (true: attend) or a floating dtype (added); undefined: none; any strides
-  TensorView alibi_slopes;    // (batch, head) strides only, accumulator type; undefined: none
-  TensorView sinks;           // (head) stride only, accumulator type: a logit per head that joins the softmax's sum
+  double softcap = 0.0;     // 0: off
+  TensorView attn_mask;     // kBool (true: attend) or a floating dtype (added); undefined: none; any strides
+  TensorView alibi_slopes;  // (batch, head) strides only, accumulator type; undefined: none
+  TensorView sinks;         // the same: a logit per head that joins the softmax's sum
 
   // Which keys a row may attend; see mask.h. is_causal has been folded into window_right by make_problem.
   int64_t window_left = kUnbounded;
@@ -58,11 +58,17 @@ struct AttentionProblem {
   double dropout_p = 0.0;
   uint64_t philox_seed = 0;
   uint64_t philox_offset = 0;
-  // On CUDA the two numbers lie in device memory, so that a captured graph draws anew at each replay: then this points at
-  // them (seed, offset) and the fields above are not read. Always null on the CPU.
+  // On CUDA the numbers lie in device memory, so that a captured graph draws anew at each replay: then this points at
+  // them (seed, offset, batches), and the fields of these names are not read. Always null on the CPU.
   const int64_t* rng_state = nullptr;
+  int64_t dropout_batches = 0;  // bits repeat over the batch with this period; 0: each entry has its own
 
   TA_HOST_DEVICE int64_t group_size() const { return kv_heads == 0 ? 1 : heads / kv_heads; }
+
+  // The batch_head that dropout.h's counter takes.
+  TA_HOST_DEVICE int64_t dropout_batch_head(int64_t b, int64_t h) const {
+    return (dropout_batches > 0 ? b % dropout_batches : b) * heads + h;
+  }
 };
 
 // What a forward kernel writes. logsumexp is (B, Hq, L), contiguous, accumulator type; out has column stride 1.
@@ -81,6 +87,31 @@ struct BackwardTensors {
   const void* grad_logsumexp = nullptr;  // the same; null: zero
   TensorView grad_query, grad_key, grad_value, grad_attn_mask;
   void* grad_alibi_slopes = nullptr;
+};
+
+// Forward-mode derivatives: the tangents of a call's differentiable inputs; an undefined one is zero. query, key and
+// value are of the problem's dtype with column stride 1, attn_mask of any floating dtype with any strides, alibi_slopes
+// and sinks of accumulator type with (batch, head) strides.
+struct Tangents {
+  TensorView query, key, value, attn_mask, alibi_slopes, sinks;
+};
+
+// What the tangent kernel of forward writes: forward's outputs and their tangents, laid out alike.
+struct TangentForwardOutputs {
+  TensorView out;
+  void* logsumexp = nullptr;
+  TensorView tangent_out;
+  void* tangent_logsumexp = nullptr;
+};
+
+// The tangent kernel of backward reads what backward reads, and the tangents of it. Here the gradients of
+// BackwardTensors are where their tangents are written, by the same conventions; grad_out's tangent has column
+// stride 1.
+struct TangentBackwardTensors : BackwardTensors {
+  TensorView tangent_out;
+  const void* tangent_logsumexp = nullptr;
+  TensorView tangent_grad_out;                   // undefined: zero
+  const void* tangent_grad_logsumexp = nullptr;  // null: zero
 };
 
 }  // namespace torch_attn

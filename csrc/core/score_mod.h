@@ -32,6 +32,11 @@ struct ScoreMod {
     const Value t = capped_value * (1 / softcap);
     return (Math::splat(1) - t * t) * scale;
   }
+  // d² capped / d dot².
+  TA_HOST_DEVICE Value capped_second_derivative(Value capped_value) const {
+    if (softcap == 0) return Math::splat(0);
+    return capped_value * capped_derivative(capped_value) * (-2 * scale / (softcap * softcap));
+  }
   // d score / d slope; the ALiBi term itself is this times slope.
   TA_HOST_DEVICE static Value alibi_derivative(Value key_minus_position) { return -Math::abs(key_minus_position); }
 };

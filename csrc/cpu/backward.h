@@ -1,5 +1,5 @@
-// The backward pass (Dao et al. 2022, alg. 4): blocks of query rows walk over the keys, recompute the weights, and add to
-// the gradients of query, key and value. Included by instantiate/*.cpp.
+// The backward pass (Dao et al. 2022, alg. 4): blocks of query rows walk over the keys, recompute the weights, and add
+// to the gradients of query, key and value. Included by instantiate/*.cpp.
 #pragma once
 
 #include "backward_walk.h"
@@ -9,21 +9,22 @@
 
 namespace torch_attn::cpu::TORCH_ATTN_ISA {
 
-// A task is one (batch, key/value head) and a chunk of the query rows (of all heads in its group) that read it. Where one
-// chunk per key/value head leaves threads idle, there are more, each with its own sums, which are added up in order at the
-// end: no atomics, and the same result on every run with the same number of threads.
+// A task is one (batch, key/value head) and a chunk of the query rows (of all heads in its group) that read it. Where
+// one chunk per key/value head leaves threads idle, there are more, each with its own sums, which are added up in order
+// at the end: no atomics, and the same result on every run with the same number of threads.
 template <class Walk>
 struct Backward : BackwardPlan {
   using Real = typename Walk::Real;
+  using Tensors = typename Walk::Tensors;
   const AttentionProblem& p;
-  const BackwardTensors& t;
+  const Tensors& t;
   int64_t group, chunks;
   int64_t value_sums;              // where grad_value's sums start
   int64_t sums_size;               // of one chunk
   Real* chunk_sums = nullptr;      // [batch · kv head][chunk][sums] if chunks > 1
   Real* slope_partials = nullptr;  // [batch · head][row block]
 
-  Backward(const AttentionProblem& problem, const BackwardTensors& tensors, int threads) : p(problem), t(tensors) {
+  Backward(const AttentionProblem& problem, const Tensors& tensors, int threads) : p(problem), t(tensors) {
     group = p.heads / p.kv_heads;
     block_rows = Walk::block_rows(p.query_length);
     row_blocks = (p.query_length + block_rows - 1) / block_rows;
@@ -89,8 +90,8 @@ struct Backward : BackwardPlan {
                  end - begin, p.head_dim);
     }
     if (needs_value) {
-      store_rows(t.grad_value, element(t.grad_value, batch, kv_head, begin),
-                 sums + value_sums + begin * value_columns, value_columns, end - begin, p.value_dim);
+      store_rows(t.grad_value, element(t.grad_value, batch, kv_head, begin), sums + value_sums + begin * value_columns,
+                 value_columns, end - begin, p.value_dim);
     }
   }
 
@@ -124,7 +125,7 @@ struct Backward : BackwardPlan {
 };
 
 template <class Walk>
-void backward_with(const AttentionProblem& problem, const BackwardTensors& tensors, const Parallel& parallel) {
+void backward_with(const AttentionProblem& problem, const typename Walk::Tensors& tensors, const Parallel& parallel) {
   using Real = typename Walk::Real;
   if (problem.batch * problem.kv_heads == 0) return;
   Backward<Walk> backward(problem, tensors, parallel.threads < 1 ? 1 : parallel.threads);
@@ -143,11 +144,12 @@ void backward_with(const AttentionProblem& problem, const BackwardTensors& tenso
 
 template <class Real>
 void backward_as(const AttentionProblem& problem, const BackwardTensors& tensors, const Parallel& parallel) {
-  if (tensors.grad_attn_mask.defined()) mask_gradient<Real>(problem, tensors, parallel);
+  if (tensors.grad_attn_mask.defined()) mask_gradient<BackwardScores<Real>>(problem, tensors, parallel);
   backward_with<VectorWalk<Real>>(problem, tensors, parallel);
 }
 
-inline void attention_backward(const AttentionProblem& problem, const BackwardTensors& tensors, const Parallel& parallel) {
+inline void attention_backward(const AttentionProblem& problem, const BackwardTensors& tensors,
+                               const Parallel& parallel) {
   if (problem.dtype == ScalarType::kFloat64) {
     backward_as<double>(problem, tensors, parallel);
   } else {

@@ -21,6 +21,7 @@ template <class RealType>
 struct VectorWalk {
   using Real = RealType;
   using Block = RowBlock<Real>;
+  using Tensors = BackwardTensors;
   using Wanted = typename GradientTile<Real>::Wanted;
   static constexpr int64_t kColumns = kLanes<Real>;  // the sums' row lengths are a multiple of this
   static constexpr int64_t kExtraKeys = 0;           // rows that a walk may touch after the sums' last key
@@ -74,8 +75,8 @@ struct VectorWalk {
       int64_t begin[Panels::kMax], end[Panels::kMax];
       for (int i = 0; i < block.panels.count; ++i) {
         with_vectors(block.panels.vectors[i], [&]<int kVectors>() {
-          const KeySpan span = attend<kVectors>(block, stage, block.panels.offset[i], key, keys, key_rows, value_rows,
-                                                slope_gradient);
+          const KeySpan span =
+              attend<kVectors>(block, stage, block.panels.offset[i], key, keys, key_rows, value_rows, slope_gradient);
           begin[i] = span.begin, end[i] = span.end;
         });
       }
@@ -86,7 +87,8 @@ struct VectorWalk {
       }
       if (b.needs_key) {
         accumulate_gradient<Real>(block.panels, begin, end, keys, b.key_columns, {gradients, kBackwardKeys}, block.rows,
-                                  block.query_rows.data, block.query_rows.stride, key_sums + key * b.key_columns, b.key_columns);
+                                  block.query_rows.data, block.query_rows.stride, key_sums + key * b.key_columns,
+                                  b.key_columns);
       }
     }
     if (b.needs_query) store_grad_query(block);
@@ -99,8 +101,8 @@ struct VectorWalk {
                              int64_t keys, Rows<Real> key_rows, Rows<Real> value_rows, Real& slope_gradient) {
     constexpr int64_t width = kVectors * kLanes<Real>;
     Real *panel_weights = weights + offset * kBackwardKeys, *panel_gradients = gradients + offset * kBackwardKeys;
-    const KeySpan span = KeySpan::of(stage.band, block.row + offset, smaller(width, block.rows - offset), key, keys,
-                                     kGradientRows);
+    const KeySpan span =
+        KeySpan::of(stage.band, block.row + offset, smaller(width, block.rows - offset), key, keys, kGradientRows);
     if (span.empty()) return span;
     const Wanted wanted = b.needs_scores ? Wanted::kDotGradients : Wanted::kWeightsOnly;
     if (!tile.template compute<kVectors>(block, stage, offset, key, span, key_rows, value_rows, wanted, panel_weights,
@@ -110,9 +112,9 @@ struct VectorWalk {
       return span;
     }
     if (b.needs_query) {
-      combine_rows<Real, kVectors, false>(p.head_dim, span.end - span.begin,
-                                          key_rows.data + span.begin * key_rows.stride, key_rows.stride,
-                                          panel_gradients + span.begin * width, grad_query + offset * p.head_dim, nullptr);
+      combine_rows<Real, kVectors, false>(
+          p.head_dim, span.end - span.begin, key_rows.data + span.begin * key_rows.stride, key_rows.stride,
+          panel_gradients + span.begin * width, grad_query + offset * p.head_dim, nullptr);
     }
     return span;
   }

@@ -1,5 +1,5 @@
-// Between the types in which tensors are stored and the accumulator type: rows in, rows out. The only code of the kernels
-// that knows bfloat16 and float16. Included by pack.h and the score stage.
+// Between the types in which tensors are stored and the accumulator type: rows in, rows out. The only code of the
+// kernels that knows bfloat16 and float16. Included by pack.h and the score stage.
 #pragma once
 
 #include "../core/problem.h"
@@ -9,10 +9,14 @@ namespace torch_attn::cpu::TORCH_ATTN_ISA {
 
 TA_INLINE int64_t element_size(ScalarType dtype) {
   switch (dtype) {
-    case ScalarType::kFloat64: return 8;
-    case ScalarType::kFloat32: return 4;
-    case ScalarType::kBool: return 1;
-    default: return 2;
+    case ScalarType::kFloat64:
+      return 8;
+    case ScalarType::kFloat32:
+      return 4;
+    case ScalarType::kBool:
+      return 1;
+    default:
+      return 2;
   }
 }
 
@@ -86,15 +90,41 @@ TA_INLINE void load_row_of(float* __restrict out, const Float16* __restrict in, 
 }
 #endif
 
+// One vector of stored elements, as accumulators.
+TA_INLINE Vec<float> load_as(const float* p) { return load(p); }
+TA_INLINE Vec<double> load_as(const double* p) { return load(p); }
+TA_INLINE Vec<float> load_as(const BFloat16* p) {
+  typedef uint16_t Half __attribute__((vector_size(TA_VECTOR_BYTES / 2)));
+  typedef uint16_t HalfUnaligned __attribute__((vector_size(TA_VECTOR_BYTES / 2), aligned(2), may_alias));
+  const Half bits = *reinterpret_cast<const HalfUnaligned*>(p);
+  return (Vec<float>)(__builtin_convertvector(bits, VecTypes<float>::Unsigned) << 16);
+}
+TA_INLINE Vec<float> load_as(const Float16* p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  Vec<float> v;
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
 // out[i] = in[i · stride] for i in [0, count).
 template <class Real>
 TA_NOINLINE void load_row(Real* out, ScalarType dtype, const void* in, int64_t stride, int64_t count) {
   switch (dtype) {
-    case ScalarType::kFloat64: return load_row_of(out, static_cast<const double*>(in), stride, count);
-    case ScalarType::kFloat32: return load_row_of(out, static_cast<const float*>(in), stride, count);
-    case ScalarType::kBFloat16: return load_row_of(out, static_cast<const BFloat16*>(in), stride, count);
-    case ScalarType::kFloat16: return load_row_of(out, static_cast<const Float16*>(in), stride, count);
-    case ScalarType::kBool: return load_row_of(out, static_cast<const BoolBias*>(in), stride, count);
+    case ScalarType::kFloat64:
+      return load_row_of(out, static_cast<const double*>(in), stride, count);
+    case ScalarType::kFloat32:
+      return load_row_of(out, static_cast<const float*>(in), stride, count);
+    case ScalarType::kBFloat16:
+      return load_row_of(out, static_cast<const BFloat16*>(in), stride, count);
+    case ScalarType::kFloat16:
+      return load_row_of(out, static_cast<const Float16*>(in), stride, count);
+    case ScalarType::kBool:
+      return load_row_of(out, static_cast<const BoolBias*>(in), stride, count);
   }
 }
 
@@ -122,7 +152,8 @@ TA_NOINLINE void store_row(void* out, ScalarType dtype, const Real* __restrict i
       for (int64_t i = 0; i < count; ++i) row[i] = Float16::from(static_cast<float>(in[i]));
       return;
     }
-    case ScalarType::kBool: return;  // nothing is written as bool
+    case ScalarType::kBool:
+      return;  // nothing is written as bool
   }
 }
 
@@ -130,6 +161,12 @@ TA_NOINLINE void store_row(void* out, ScalarType dtype, const Real* __restrict i
 TA_INLINE char* element(const TensorView& view, int64_t batch, int64_t head, int64_t row) {
   const int64_t offset = batch * view.stride[0] + head * view.stride[1] + row * view.stride[2];
   return static_cast<char*>(view.data) + offset * element_size(view.dtype);
+}
+
+// The number for (batch, head) of a tensor that has one per head.
+template <class Real>
+TA_INLINE Real head_number(const TensorView& view, int64_t batch, int64_t head) {
+  return static_cast<const Real*>(view.data)[batch * view.stride[0] + head * view.stride[1]];
 }
 
 }  // namespace torch_attn::cpu::TORCH_ATTN_ISA

@@ -8,11 +8,15 @@ namespace {
 const KernelTable& active_kernels() {
   switch (active_isa()) {
 #if defined(__x86_64__)
-    case Isa::kAvx2: return kAvx2Kernels;
-    case Isa::kAvx512: return kAvx512Kernels;
-    case Isa::kAmx: return kAmxKernels;
+    case Isa::kAvx2:
+      return kAvx2Kernels;
+    case Isa::kAvx512:
+      return kAvx512Kernels;
+    case Isa::kAmx:
+      return kAmxKernels;
 #endif
-    default: return kBaselineKernels;
+    default:
+      return kBaselineKernels;
   }
 }
 
@@ -25,12 +29,12 @@ struct KeepMaskTask {
 void write_keep_row(void* context, int64_t index) {
   const auto& [p, out] = *static_cast<const KeepMaskTask*>(context);
   const Dropout dropout = Dropout::make(p.dropout_p, p.philox_seed, p.philox_offset);
-  const int64_t batch_head = index / p.query_length, row = index % p.query_length;
+  const int64_t head = index / p.query_length, row = index % p.query_length;  // head: of all batch entries
+  const int64_t batch_head = p.dropout_batch_head(head / p.heads, head % p.heads);
   bool* keep = out + index * p.key_length;
   for (int64_t key = 0; key < p.key_length; key += Dropout::kKeysPerCall) {
-    const auto words =
-        Philox4x32::generate(dropout.counter(batch_head, row, key), static_cast<uint32_t>(dropout.seed),
-                             static_cast<uint32_t>(dropout.seed >> 32));
+    const auto words = Philox4x32::generate(dropout.counter(batch_head, row, key), static_cast<uint32_t>(dropout.seed),
+                                            static_cast<uint32_t>(dropout.seed >> 32));
     for (int64_t i = 0; i < Dropout::kKeysPerCall && key + i < p.key_length; ++i) {
       keep[key + i] = words.word[i] >= dropout.threshold && p.dropout_p < 1;
     }
@@ -45,6 +49,16 @@ void attention_forward(const AttentionProblem& problem, const ForwardOutputs& ou
 
 void attention_backward(const AttentionProblem& problem, const BackwardTensors& tensors, const Parallel& parallel) {
   active_kernels().backward(problem, tensors, parallel);
+}
+
+void attention_tangent_forward(const AttentionProblem& problem, const Tangents& tangents,
+                               const TangentForwardOutputs& outputs, const Parallel& parallel) {
+  active_kernels().tangent_forward(problem, tangents, outputs, parallel);
+}
+
+void attention_tangent_backward(const AttentionProblem& problem, const Tangents& tangents,
+                                const TangentBackwardTensors& tensors, const Parallel& parallel) {
+  active_kernels().tangent_backward(problem, tangents, tensors, parallel);
 }
 
 void dropout_keep_mask(const AttentionProblem& problem, bool* out, const Parallel& parallel) {

@@ -14,9 +14,9 @@ TA_INLINE void philox(WideVec (&counter)[4], uint32_t key0, uint32_t key1) {
   for (int round = 0; round < Philox4x32::kRounds; ++round) {
     const WideVec product0 = multiply_low_halves(counter[0], Philox4x32::kMultiplier0);
     const WideVec product1 = multiply_low_halves(counter[2], Philox4x32::kMultiplier1);
-    counter[0] = (product1 >> 32) ^ counter[1] ^ uint64_t{key0};
+    counter[0] = (product1 >> 32) ^ counter[1] ^ uint64_t { key0 };
     counter[1] = product1;
-    counter[2] = (product0 >> 32) ^ counter[3] ^ uint64_t{key1};
+    counter[2] = (product0 >> 32) ^ counter[3] ^ uint64_t { key1 };
     counter[3] = product0;
     key0 += Philox4x32::kWeyl0;
     key1 += Philox4x32::kWeyl1;

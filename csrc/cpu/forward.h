@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../core/online_softmax.h"
+#include "decode.h"
 #include "dropout_tile.h"
 #include "kernel_table.h"
 #include "score_tile.h"
@@ -15,8 +16,9 @@ constexpr int64_t kForwardRows = 256;
 constexpr int64_t kForwardKeys = 64;
 constexpr int64_t kFewQueries = 16;  // see key_value_rows
 
-// The softmax stage: scores become weights (not yet divided by their sum), in place, and the running sum is brought up to
-// date. maximum is the new maximum, old_maximum what it was before this tile; rescale gets the factor for the output.
+// The softmax stage: scores become weights (not yet divided by their sum), in place, and the running sum is brought up
+// to date. maximum is the new maximum, old_maximum what it was before this tile; rescale gets the factor for the
+// output.
 template <class Real, int kVectors>
 TA_NOINLINE void softmax_tile(int64_t begin, int64_t end, Real* scores, const Real* old_maximum, const Real* maximum,
                               Real* sum, Real* rescale) {
@@ -45,6 +47,15 @@ TA_NOINLINE void softmax_tile(int64_t begin, int64_t end, Real* scores, const Re
   }
 }
 
+// Query rows per task: fewer where that leaves threads idle.
+template <class Real>
+int64_t forward_block_rows(const AttentionProblem& p, int threads) {
+  int64_t most = kForwardRows;
+  const auto items = [&] { return p.batch * p.heads * ((p.query_length + most - 1) / most); };
+  while (most > 2 * kMaxVectors * kLanes<Real> && items() < 4 * threads) most /= 2;
+  return balanced_block<Real>(p.query_length, most);
+}
+
 template <class Real>
 struct Forward {
   const AttentionProblem& p;
@@ -53,13 +64,11 @@ struct Forward {
   int64_t block_rows, row_blocks;
 
   Forward(const AttentionProblem& problem, const ForwardOutputs& out, int threads)
-      : p(problem), outputs(out), dropout(Dropout::make(problem.dropout_p, problem.philox_seed, problem.philox_offset)) {
-    int64_t most = kForwardRows;
-    const auto items = [&] { return p.batch * p.heads * ((p.query_length + most - 1) / most); };
-    while (most > 2 * kMaxVectors * kLanes<Real> && items() < 4 * threads) most /= 2;
-    block_rows = balanced_block<Real>(p.query_length, most);
-    row_blocks = (p.query_length + block_rows - 1) / block_rows;
-  }
+      : p(problem),
+        outputs(out),
+        dropout(Dropout::make(problem.dropout_p, problem.philox_seed, problem.philox_offset)),
+        block_rows(forward_block_rows<Real>(problem, threads)),
+        row_blocks((p.query_length + block_rows - 1) / block_rows) {}
 
   int64_t items() const { return p.batch * p.heads * row_blocks; }
 
@@ -67,9 +76,9 @@ struct Forward {
   struct Block {
     int64_t batch, head, row, rows;
     Panels panels;
-    Real *query, *out;                    // panels: [lane offset · dim][dim][lane]
+    Real *query, *out;                            // panels: [lane offset · dim][dim][lane]
     Real *maximum, *old_maximum, *sum, *rescale;  // [lane]
-    Real *scores, *keep, *bias, *staging;  // one tile
+    Real *scores, *keep, *bias, *staging;         // one tile
   };
 
   void run(int64_t item, Scratch& scratch) const {
@@ -86,7 +95,8 @@ struct Forward {
 
     block.query = scratch.take<Real>(lanes * p.head_dim);
     block.out = scratch.take<Real>(lanes * p.value_dim);
-    for (Real** array : {&block.maximum, &block.old_maximum, &block.sum, &block.rescale}) *array = scratch.take<Real>(lanes);
+    for (Real** array : {&block.maximum, &block.old_maximum, &block.sum, &block.rescale})
+      *array = scratch.take<Real>(lanes);
     block.scores = scratch.take<Real>(tile);
     block.keep = scratch.take<Real>(p.dropout_p > 0 ? tile : 0);
     block.bias = scratch.take<Real>(stage.mask ? tile : 0);
@@ -132,7 +142,7 @@ struct Forward {
   void start(const Block& block) const {
     const Real lowest = -static_cast<Real>(__builtin_inf());
     Real sink = lowest;
-    if (p.sinks.defined()) sink = static_cast<const Real*>(p.sinks.data)[block.head * p.sinks.stride[1]];
+    if (p.sinks.defined()) sink = head_number<Real>(p.sinks, block.batch, block.head);
     fill<Real>(block.maximum, sink, block.panels.lanes);
     fill<Real>(block.sum, sink == lowest ? 0 : 1, block.panels.lanes);
     fill<Real>(block.out, 0, block.panels.lanes * p.value_dim);
@@ -150,10 +160,11 @@ struct Forward {
       if (!load_bias_per_lane(stage, row, rows, width, key, span.begin, span.end, block.staging, block.bias)) return;
       bias.per_lane = block.bias;
     }
-    Real *maximum = block.maximum + offset, *old_maximum = block.old_maximum + offset, *rescale = block.rescale + offset;
+    Real *maximum = block.maximum + offset, *old_maximum = block.old_maximum + offset,
+         *rescale = block.rescale + offset;
     __builtin_memcpy(old_maximum, maximum, width * sizeof(Real));
-    score_tile<Real, kVectors, true>(stage, bias, span, p.head_dim, key_rows, block.query + offset * p.head_dim, row, key,
-                                     block.scores, nullptr, maximum);
+    score_tile<Real, kVectors, true>(stage, bias, span, p.head_dim, key_rows, block.query + offset * p.head_dim, row,
+                                     key, block.scores, nullptr, maximum);
     softmax_tile<Real, kVectors>(span.begin, span.end, block.scores, old_maximum, maximum, block.sum + offset, rescale);
     if (p.dropout_p > 0) {
       drop<kVectors>(block, row, key, span);
@@ -168,9 +179,11 @@ struct Forward {
     constexpr int64_t width = kVectors * kLanes<Real>;
     const int64_t count = span.end - span.begin;
     dropout_tile<Real, kVectors>(dropout, static_cast<Real>(Dropout::keep_scale(p.dropout_p)),
-                                 block.batch * p.heads + block.head, row, key + span.begin, count, block.keep);
+                                 p.dropout_batch_head(block.batch, block.head), row, key + span.begin, count,
+                                 block.keep);
     Real* weights = block.scores + span.begin * width;
-    for (int64_t i = 0; i < count * width; i += kLanes<Real>) store(weights + i, load(weights + i) * load(block.keep + i));
+    for (int64_t i = 0; i < count * width; i += kLanes<Real>)
+      store(weights + i, load(weights + i) * load(block.keep + i));
   }
 
   void finish(const Block& block, Scratch& scratch) const {
@@ -196,11 +209,13 @@ struct Forward {
 template <class Real>
 void forward_as(const AttentionProblem& problem, const ForwardOutputs& outputs, const Parallel& parallel) {
   if (problem.batch * problem.heads * problem.query_length == 0) return;
+  if (problem.query_length <= kDecodeRows<Real>) return decode_as<Real>(problem, outputs, parallel);
   const Forward<Real> forward(problem, outputs, parallel.threads);
   for_each_item(parallel, forward.items(), [&](int64_t item, Scratch& scratch) { forward.run(item, scratch); });
 }
 
-inline void attention_forward(const AttentionProblem& problem, const ForwardOutputs& outputs, const Parallel& parallel) {
+inline void attention_forward(const AttentionProblem& problem, const ForwardOutputs& outputs,
+                              const Parallel& parallel) {
   if (problem.dtype == ScalarType::kFloat64) {
     forward_as<double>(problem, outputs, parallel);
   } else {

@@ -1,8 +1,8 @@
 // The three matrix products of attention, each on one register tile at a time: included by forward.h and backward.h.
 //
 // Scores are kept transposed, one row per key and one lane per query row ("panel" = kVectors vectors of lanes). So keys
-// and values are read as they lie in memory, one element broadcast to all lanes; maxima and sums run over registers, not
-// across lanes; and the weights that leave the softmax are already in the layout that the second product reads.
+// and values are read as they lie in memory, one element broadcast to all lanes; maxima and sums run over registers,
+// not across lanes; and the weights that leave the softmax are already in the layout that the second product reads.
 #pragma once
 
 #include "panel.h"
@@ -11,8 +11,12 @@ namespace torch_attn::cpu::TORCH_ATTN_ISA {
 
 // Rows of a register tile for a panel of so many vectors.
 template <int kVectors>
-constexpr int kTileRows = TA_VECTOR_BYTES == 64 ? (kVectors == 3 ? 8 : kVectors == 2 ? 12 : 16)
-                                                : (kVectors == 3 ? 4 : kVectors == 2 ? 6 : 8);
+constexpr int kTileRows = TA_VECTOR_BYTES == 64 ? (kVectors == 3   ? 8
+                                                   : kVectors == 2 ? 12
+                                                                   : 16)
+                                                : (kVectors == 3   ? 4
+                                                   : kVectors == 2 ? 6
+                                                                   : 8);
 
 enum class Broadcast { kAlongRow, kAlongColumn };
 
@@ -44,7 +48,8 @@ TA_INLINE void for_each_tile(int64_t begin, int64_t end, const Body& body) {
   }
 }
 
-// Dots of kRows keys with a panel of queries, times a factor; maximum[lane] is raised to include them if it is not null.
+// Dots of kRows keys with a panel of queries, times a factor; maximum[lane] is raised to include them if it is not
+// null.
 template <class Real, int kRows, int kVectors, bool kTrackMaximum>
 TA_NOINLINE void dot_tile(int64_t dim, const Real* keys, int64_t key_stride, const Real* panel, Real factor, Real* out,
                           Real* maximum) {
@@ -76,8 +81,9 @@ TA_INLINE void dot_rows(int64_t begin, int64_t end, int64_t dim, const Real* key
   });
 }
 
-// out[column][lane] = out[column][lane] · rescale[lane] + Σ_key values[key][column] · weights[key][lane] for kRows columns.
-// The block's own sum starts from zero: adding it to the total at the end keeps rounding errors of long rows small.
+// out[column][lane] = out[column][lane] · rescale[lane] + Σ_key values[key][column] · weights[key][lane] for kRows
+// columns. The block's own sum starts from zero: adding it to the total at the end keeps rounding errors of long rows
+// small.
 template <class Real, int kRows, int kVectors, bool kRescale>
 TA_NOINLINE void combine_tile(int64_t keys, const Real* values, int64_t value_stride, const Real* weights, Real* out,
                               const Real* rescale) {
@@ -121,7 +127,8 @@ constexpr int kGradientVectors = TA_VECTOR_BYTES == 64 ? 4 : 2;
 // sums[key][column] += Σ_row tiles[key][row] · rows[row][column] over the query rows of panels [first, last).
 template <class Real, int kRows, int kVectors>
 TA_NOINLINE void gradient_tile(const Panels& panels, int first, int last, PanelTiles<Real> tiles, int64_t key,
-                               int64_t row_count, const Real* rows, int64_t row_stride, Real* sums, int64_t sum_stride) {
+                               int64_t row_count, const Real* rows, int64_t row_stride, Real* sums,
+                               int64_t sum_stride) {
   Vec<Real> acc[kRows][kVectors] = {};
   for (int i = first; i < last; ++i) {
     const int64_t offset = panels.offset[i], width = panels.vectors[i] * kLanes<Real>;
@@ -140,7 +147,8 @@ TA_NOINLINE void gradient_tile(const Panels& panels, int first, int last, PanelT
 }
 
 // The same for the keys [0, keys) of a block and all columns, a multiple of the vector length: dV = Pᵀ·dO, dK = dSᵀ·Q.
-// begin[i] and end[i] bound the keys that panel i attends; neither falls as i grows, except where they are equal (none).
+// begin[i] and end[i] bound the keys that panel i attends; neither falls as i grows, except where they are equal
+// (none).
 template <class Real>
 TA_NOINLINE void accumulate_gradient(const Panels& panels, const int64_t* begin, const int64_t* end, int64_t keys,
                                      int64_t columns, PanelTiles<Real> tiles, int64_t row_count, const Real* rows,

@@ -1,5 +1,5 @@
-// The elementwise stage of the backward pass: one tile of weights and of the scores' gradient. Included by backward.h and
-// mask_gradient.h.
+// The elementwise stage of the backward pass: one tile of weights and of the scores' gradient. Included by backward.h
+// and mask_gradient.h.
 #pragma once
 
 #include "dropout_tile.h"
@@ -104,9 +104,10 @@ struct GradientTile {
     constexpr int64_t width = kVectors * kLanes<Real>;
     const int64_t row = block.row + offset;
     BiasTile<Real> bias;
-    if (!load_bias<Real, kVectors>(stage, scratch, row, smaller(width, block.rows - offset), key, span, bias)) return false;
-    score_tile<Real, kVectors, false>(stage, bias, span, p.head_dim, key_rows, block.query + offset * p.head_dim, row, key,
-                                      weights, scratch.derivative, nullptr);
+    if (!load_bias<Real, kVectors>(stage, scratch, row, smaller(width, block.rows - offset), key, span, bias))
+      return false;
+    score_tile<Real, kVectors, false>(stage, bias, span, p.head_dim, key_rows, block.query + offset * p.head_dim, row,
+                                      key, weights, scratch.derivative, nullptr);
     if (wanted != Wanted::kWeightsOnly) {
       dot_rows<Real, kVectors, false>(span.begin, span.end, p.value_dim, value_rows.data, value_rows.stride,
                                       block.grad_out + offset * p.value_dim, 1, gradients, nullptr);
@@ -125,17 +126,19 @@ struct GradientTile {
     const Real* keep = nullptr;
     if (p.dropout_p > 0) {
       dropout_tile<Real, kVectors>(dropout, static_cast<Real>(Dropout::keep_scale(p.dropout_p)),
-                                   block.batch * p.heads + block.head, row, key + span.begin, span.end - span.begin,
-                                   scratch.keep + span.begin * width);
+                                   p.dropout_batch_head(block.batch, block.head), row, key + span.begin,
+                                   span.end - span.begin, scratch.keep + span.begin * width);
       keep = scratch.keep;
     }
     const Real* weight_scale = block.weight_scale == nullptr ? nullptr : block.weight_scale + offset;
-    const Chain<Real> chain = stage.softcap ? Chain<Real>{1, scratch.derivative} : Chain<Real>{stage.mod.scale, nullptr};
+    const Chain<Real> chain =
+        stage.softcap ? Chain<Real>{1, scratch.derivative} : Chain<Real>{stage.mod.scale, nullptr};
     const Chain<Real> now = wanted == Wanted::kDotGradients && slope_gradient == nullptr ? chain : Chain<Real>{};
     const bool plain = weight_scale == nullptr && keep == nullptr && now.derivative == nullptr;
-    (plain ? weights_and_gradients<Real, kVectors, true> : weights_and_gradients<Real, kVectors, false>)(
-        span.begin, span.end, score_factor, weights, gradients, block.logsumexp + offset, block.delta + offset, now.factor,
-        weight_scale, keep, now.derivative);
+    (plain ? weights_and_gradients<Real, kVectors, true>
+           : weights_and_gradients<Real, kVectors, false>)(span.begin, span.end, score_factor, weights, gradients,
+                                                           block.logsumexp + offset, block.delta + offset, now.factor,
+                                                           weight_scale, keep, now.derivative);
     if (slope_gradient != nullptr) {
       *slope_gradient += sum_slope_gradient<Real, kVectors>(stage, row, key, span.begin, span.end, gradients, chain);
     }

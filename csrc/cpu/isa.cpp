@@ -36,12 +36,15 @@ bool is_supported(Isa isa) {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   switch (isa) {
-    case Isa::kAvx2: return avx2;
-    case Isa::kAvx512: return avx512;
+    case Isa::kAvx2:
+      return avx2;
+    case Isa::kAvx512:
+      return avx512;
     case Isa::kAmx:
       return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
              __builtin_cpu_supports("amx-bf16") && may_use_tiles();
-    default: return true;
+    default:
+      return true;
   }
 #else
   return isa == Isa::kBaseline;
@@ -59,8 +62,8 @@ Isa parse_isa(const std::string& name, const std::string& source) {
   for (const Isa isa : kAllIsas) {
     if (name != isa_name(isa)) continue;
     if (is_supported(isa)) return isa;
-    throw std::invalid_argument(source + " is \"" + name + "\", which this CPU or build does not support; it supports " +
-                                supported_names() + ".");
+    throw std::invalid_argument(source + " is \"" + name +
+                                "\", which this CPU or build does not support; it supports " + supported_names() + ".");
   }
   throw std::invalid_argument(source + " is \"" + name + "\", which is not an instruction set; use one of " +
                               supported_names() + ".");
@@ -82,10 +85,14 @@ std::atomic<Isa>& current_isa() {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
-    case Isa::kAvx2: return "avx2";
-    case Isa::kAvx512: return "avx512";
-    case Isa::kAmx: return "amx";
-    default: return "baseline";
+    case Isa::kAvx2:
+      return "avx2";
+    case Isa::kAvx512:
+      return "avx512";
+    case Isa::kAmx:
+      return "amx";
+    default:
+      return "baseline";
   }
 }
 
@@ -99,8 +106,6 @@ std::vector<Isa> supported_isas() {
 
 Isa active_isa() { return current_isa().load(std::memory_order_relaxed); }
 
-void force_isa(const std::string& name) {
-  current_isa().store(parse_isa(name, "isa"), std::memory_order_relaxed);
-}
+void force_isa(const std::string& name) { current_isa().store(parse_isa(name, "isa"), std::memory_order_relaxed); }
 
 }  // namespace torch_attn::cpu

@@ -8,6 +8,8 @@ namespace torch_attn::cpu {
 struct KernelTable {
   void (*forward)(const AttentionProblem&, const ForwardOutputs&, const Parallel&);
   void (*backward)(const AttentionProblem&, const BackwardTensors&, const Parallel&);
+  void (*tangent_forward)(const AttentionProblem&, const Tangents&, const TangentForwardOutputs&, const Parallel&);
+  void (*tangent_backward)(const AttentionProblem&, const Tangents&, const TangentBackwardTensors&, const Parallel&);
 };
 
 extern const KernelTable kBaselineKernels;

@@ -12,8 +12,8 @@
 
 namespace torch_attn::cpu {
 
-// Runs task(task_context, i) for every i in [0, count), on up to `threads` threads, and returns when all are done. It may
-// run them all on the calling thread. Exceptions from a task must reach the caller.
+// Runs task(task_context, i) for every i in [0, count), on up to `threads` threads, and returns when all are done. It
+// may run them all on the calling thread. Exceptions from a task must reach the caller.
 struct Parallel {
   int threads = 1;
   void* context = nullptr;
@@ -23,6 +23,14 @@ struct Parallel {
 void attention_forward(const AttentionProblem& problem, const ForwardOutputs& outputs, const Parallel& parallel);
 
 void attention_backward(const AttentionProblem& problem, const BackwardTensors& tensors, const Parallel& parallel);
+
+// Forward-mode derivatives of the two: forward with its outputs' tangents, and the tangents of backward's gradients. By
+// the symmetry of second derivatives they also make up the backward pass of backward.
+void attention_tangent_forward(const AttentionProblem& problem, const Tangents& tangents,
+                               const TangentForwardOutputs& outputs, const Parallel& parallel);
+
+void attention_tangent_backward(const AttentionProblem& problem, const Tangents& tangents,
+                                const TangentBackwardTensors& tensors, const Parallel& parallel);
 
 // The dropout bits themselves, true where a weight is kept: out is (B, Hq, L, S), contiguous.
 void dropout_keep_mask(const AttentionProblem& problem, bool* out, const Parallel& parallel);

@@ -8,19 +8,63 @@
 
 namespace torch_attn::cpu::TORCH_ATTN_ISA {
 
-template <class Real>
+// The scores' gradient, panel by panel. MaskGradient takes any such source.
+template <class RealType>
+struct BackwardScores {
+  using Real = RealType;
+  using Block = RowBlock<Real>;
+  using Tensors = BackwardTensors;
+
+  const AttentionProblem& p;
+  GradientTile<Real> tile;
+  Real *weights, *gradients, *key_scratch, *value_scratch;
+  Rows<Real> key_rows{}, value_rows{};  // the block of keys
+
+  BackwardScores(const AttentionProblem& problem, const BackwardTensors&, Scratch& scratch)
+      : p(problem), tile(p, scratch) {
+    constexpr int64_t size = kBackwardKeys * kMaxVectors * kLanes<Real>;
+    weights = scratch.take<Real>(size);
+    gradients = scratch.take<Real>(size);
+    key_scratch = scratch.take<Real>(kBackwardKeys * p.head_dim);
+    value_scratch = scratch.take<Real>(kBackwardKeys * p.value_dim);
+  }
+
+  void start(Block& block, const ScoreStage<Real>& stage) const {
+    block.normalise_weights(p, stage, tile.scratch, weights, key_scratch);
+  }
+
+  void load_keys(const Block& block, int64_t key, int64_t keys) {
+    const int64_t kv_head = block.head / (p.heads / p.kv_heads);
+    const bool few_queries = block.rows <= kFewRows;
+    key_rows = key_value_rows(p.key, block.batch, kv_head, key, keys, p.head_dim, few_queries, key_scratch);
+    value_rows = key_value_rows(p.value, block.batch, kv_head, key, keys, p.value_dim, few_queries, value_scratch);
+  }
+
+  // [key][lane] for the keys of span and the block's first panel; null where nothing is attended.
+  template <int kVectors>
+  TA_INLINE const Real* score_gradients(const Block& block, const ScoreStage<Real>& stage, int64_t key,
+                                        const KeySpan& span) const {
+    const bool any =
+        tile.template compute<kVectors>(block, stage, 0, key, span, key_rows, value_rows,
+                                        GradientTile<Real>::Wanted::kScoreGradients, weights, gradients, nullptr);
+    return any ? gradients : nullptr;
+  }
+};
+
+template <class Scores>
 struct MaskGradient {
-  using Wanted = typename GradientTile<Real>::Wanted;
+  using Real = typename Scores::Real;
+  using Tensors = typename Scores::Tensors;
   static constexpr int64_t kRows = kMaxVectors * kLanes<Real>;  // one panel
   static constexpr int64_t kKeys = 4 * kBackwardKeys;           // keys of a task: reuses a panel that was packed
 
   const AttentionProblem& p;
-  const BackwardTensors& t;
-  bool summed[4];              // dimensions over which the mask was broadcast
-  int64_t batches, heads;      // sizes of the gradient
+  const Tensors& t;
+  bool summed[4];          // dimensions over which the mask was broadcast
+  int64_t batches, heads;  // sizes of the gradient
   int64_t row_tiles, key_tiles;
 
-  MaskGradient(const AttentionProblem& problem, const BackwardTensors& tensors) : p(problem), t(tensors) {
+  MaskGradient(const AttentionProblem& problem, const Tensors& tensors) : p(problem), t(tensors) {
     for (int i = 0; i < 4; ++i) summed[i] = t.grad_attn_mask.stride[i] == 0;
     batches = summed[0] ? 1 : p.batch;
     heads = summed[1] ? 1 : p.heads;
@@ -31,17 +75,12 @@ struct MaskGradient {
   int64_t items() const { return batches * heads * row_tiles * key_tiles; }
 
   struct Memory {
-    GradientTile<Real> tile;
-    RowBlock<Real> block;
-    Real *sums, *weights, *gradients, *key_scratch, *value_scratch;  // sums: [key][lane] or [lane]
+    Scores scores;
+    typename Scores::Block block;
+    Real* sums;  // [key][lane] or [lane]
 
-    Memory(const AttentionProblem& p, Scratch& scratch) : tile(p, scratch), block(p, kRows, scratch) {
-      sums = scratch.take<Real>(kKeys * kRows);
-      weights = scratch.take<Real>(kBackwardKeys * kRows);
-      gradients = scratch.take<Real>(kBackwardKeys * kRows);
-      key_scratch = scratch.take<Real>(kBackwardKeys * p.head_dim);
-      value_scratch = scratch.take<Real>(kBackwardKeys * p.value_dim);
-    }
+    Memory(const AttentionProblem& p, const Tensors& t, Scratch& scratch)
+        : scores(p, t, scratch), block(p, kRows, scratch), sums(scratch.take<Real>(kKeys * kRows)) {}
   };
 
   void run(int64_t item, Scratch& scratch) const {
@@ -51,7 +90,7 @@ struct MaskGradient {
                                     : KeyRange{row_tile * kRows, smaller((row_tile + 1) * kRows, p.query_length)};
     const KeyRange keys = summed[3] ? KeyRange{0, p.key_length}
                                     : KeyRange{key_tile * kKeys, smaller((key_tile + 1) * kKeys, p.key_length)};
-    Memory memory(p, scratch);
+    Memory memory(p, t, scratch);
     fill<Real>(memory.sums, 0, kKeys * kRows);
     for (int64_t b = summed[0] ? 0 : batch; b < (summed[0] ? p.batch : batch + 1); ++b) {
       for (int64_t h = summed[1] ? 0 : head; h < (summed[1] ? p.heads : head + 1); ++h) {
@@ -69,39 +108,30 @@ struct MaskGradient {
     const KeyRange any = stage.band.keys_of_any(row, row + rows);
     const int64_t begin = larger(wanted.begin, any.begin), end = smaller(wanted.end, any.end);
     if (begin >= end) return;
-    RowBlock<Real>& block = memory.block;
-    block.read(p, t, batch, head, row, rows);
-    block.normalise_weights(p, stage, memory.tile.scratch, memory.weights, memory.key_scratch);
-    const int64_t kv_head = head / (p.heads / p.kv_heads);
-    const bool few_queries = rows <= kFewRows;
+    memory.block.read(p, t, batch, head, row, rows);
+    memory.scores.start(memory.block, stage);
     for (int64_t key = begin; key < end; key += kBackwardKeys) {
       const int64_t keys = smaller(kBackwardKeys, end - key);
-      const Rows<Real> key_rows =
-          key_value_rows(p.key, batch, kv_head, key, keys, p.head_dim, few_queries, memory.key_scratch);
-      const Rows<Real> value_rows =
-          key_value_rows(p.value, batch, kv_head, key, keys, p.value_dim, few_queries, memory.value_scratch);
+      memory.scores.load_keys(memory.block, key, keys);
       Real* sums = summed[3] ? memory.sums : memory.sums + (key - wanted.begin) * kRows;
-      with_vectors(block.panels.vectors[0], [&]<int kVectors>() {
-        add_tile<kVectors>(memory, stage, key, keys, key_rows, value_rows, sums);
-      });
+      with_vectors(memory.block.panels.vectors[0],
+                   [&]<int kVectors>() { add_tile<kVectors>(memory, stage, key, keys, sums); });
     }
   }
 
   template <int kVectors>
   TA_NOINLINE void add_tile(const Memory& memory, const ScoreStage<Real>& stage, int64_t key, int64_t keys,
-                            Rows<Real> key_rows, Rows<Real> value_rows, Real* sums) const {
+                            Real* sums) const {
     constexpr int64_t width = kVectors * kLanes<Real>;
-    const RowBlock<Real>& block = memory.block;
+    const auto& block = memory.block;
     const KeySpan span = KeySpan::of(stage.band, block.row, block.rows, key, keys, kTileRows<kVectors>);
     if (span.empty()) return;
-    if (!memory.tile.template compute<kVectors>(block, stage, 0, key, span, key_rows, value_rows,
-                                                Wanted::kScoreGradients, memory.weights, memory.gradients, nullptr)) {
-      return;
-    }
+    const Real* gradients = memory.scores.template score_gradients<kVectors>(block, stage, key, span);
+    if (gradients == nullptr) return;
     for (int64_t j = span.begin; j < span.end; ++j) {
       Real* place = summed[3] ? sums : sums + j * kRows;
       for (int64_t i = 0; i < width; i += kLanes<Real>) {
-        store(place + i, load(place + i) + load(memory.gradients + j * width + i));
+        store(place + i, load(place + i) + load(gradients + j * width + i));
       }
     }
   }
@@ -123,9 +153,9 @@ struct MaskGradient {
   }
 };
 
-template <class Real>
-void mask_gradient(const AttentionProblem& problem, const BackwardTensors& tensors, const Parallel& parallel) {
-  const MaskGradient<Real> gradient(problem, tensors);
+template <class Scores>
+void mask_gradient(const AttentionProblem& problem, const typename Scores::Tensors& tensors, const Parallel& parallel) {
+  const MaskGradient<Scores> gradient(problem, tensors);
   for_each_item(parallel, gradient.items(), [&](int64_t item, Scratch& scratch) { gradient.run(item, scratch); });
 }
 

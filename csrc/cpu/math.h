@@ -6,9 +6,9 @@
 
 namespace torch_attn::cpu::TORCH_ATTN_ISA {
 
-// exp(r) = 1 + r + r²·(c[0] + c[1]·r + …) for |r| ≤ ln(2) / 2; minimax in relative error (float 3.1e-9, double 3.7e-18).
-// x = n·ln(2) + r, where n·kLn2High is exact (Cody and Waite 1980). Adding kRounder leaves n plus the exponent's bias in the
-// low mantissa bits, ready to be shifted into 2^n.
+// exp(r) = 1 + r + r²·(c[0] + c[1]·r + …) for |r| ≤ ln(2) / 2; minimax in relative error (float 3.1e-9,
+// double 3.7e-18). x = n·ln(2) + r, where n·kLn2High is exact (Cody and Waite 1980). Adding kRounder leaves n plus the
+// exponent's bias in the low mantissa bits, ready to be shifted into 2^n.
 template <class Real>
 struct ExpConstants;
 
@@ -28,10 +28,10 @@ struct ExpConstants<double> {
   static constexpr double kLn2High = 6.93147180369123816490e-01, kLn2Low = 1.90821492927058770002e-10;
   static constexpr double kLowest = -708.39;
   static constexpr int kMantissaBits = 52;
-  static constexpr double kPolynomial[] = {0.50000000000000107228,    0.16666666666666410214,   0.041666666666529173616,
-                                           0.0083333333334956257898,  0.0013888888943926320422, 0.00019841269504775810238,
-                                           0.000024801492759232351359, 2.7557587323963716065e-6, 2.7630379812409104754e-7,
-                                           2.4999973124174449886e-8};
+  static constexpr double kPolynomial[] = {
+      0.50000000000000107228,   0.16666666666666410214,    0.041666666666529173616,    0.0083333333334956257898,
+      0.0013888888943926320422, 0.00019841269504775810238, 0.000024801492759232351359, 2.7557587323963716065e-6,
+      2.7630379812409104754e-7, 2.4999973124174449886e-8};
 };
 
 template <class RealType>

@@ -27,8 +27,8 @@ TA_INLINE void load_rows(Real* out, int64_t out_stride, const TensorView& view, 
 template <class Real>
 constexpr ScalarType kStoredAs = sizeof(Real) == 8 ? ScalarType::kFloat64 : ScalarType::kFloat32;
 
-// Query-side rows [row, row + rows) of one head, readable in whole vectors: in place where their type and width allow it,
-// else converted into scratch (rows × round_up(columns, lanes), padded with zeros).
+// Query-side rows [row, row + rows) of one head, readable in whole vectors: in place where their type and width allow
+// it, else converted into scratch (rows × round_up(columns, lanes), padded with zeros).
 template <class Real>
 TA_INLINE Rows<Real> padded_rows(const TensorView& view, int64_t batch, int64_t head, int64_t row, int64_t rows,
                                  int64_t columns, Real* scratch) {
@@ -41,9 +41,10 @@ TA_INLINE Rows<Real> padded_rows(const TensorView& view, int64_t batch, int64_t 
   return {scratch, stride};
 }
 
-// Key-side rows [row, row + rows) of one head, in place where the type and layout allow it and else converted into scratch
-// (rows × columns). Rows far apart are copied as well: at strides like 2 KiB a block's rows share few cache sets. The
-// copy is cheap beside the block's products, which read each element once per query row; with few rows it is not.
+// Key-side rows [row, row + rows) of one head, in place where the type and layout allow it and else converted into
+// scratch (rows × columns). Rows far apart are copied as well: at strides like 2 KiB a block's rows share few cache
+// sets. The copy is cheap beside the block's products, which read each element once per query row; with few rows it is
+// not.
 template <class Real>
 TA_INLINE Rows<Real> key_value_rows(const TensorView& view, int64_t batch, int64_t head, int64_t row, int64_t rows,
                                     int64_t columns, bool few_queries, Real* scratch) {

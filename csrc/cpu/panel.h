@@ -5,8 +5,8 @@
 
 namespace torch_attn::cpu::TORCH_ATTN_ISA {
 
-// The widest panel, in vectors. AVX2's 16 registers hold 4 × 3 accumulators, 3 loaded vectors and a broadcast one; the 32
-// of AVX-512 hold 8 × 3.
+// The widest panel, in vectors. AVX2's 16 registers hold 4 × 3 accumulators, 3 loaded vectors and a broadcast one; the
+// 32 of AVX-512 hold 8 × 3.
 constexpr int kMaxVectors = 3;
 
 struct Panels {
@@ -39,9 +39,12 @@ template <class Body>
 TA_INLINE void with_vectors(int vectors, const Body& body) {
   static_assert(kMaxVectors == 3);
   switch (vectors) {
-    case 3: return body.template operator()<3>();
-    case 2: return body.template operator()<2>();
-    default: return body.template operator()<1>();
+    case 3:
+      return body.template operator()<3>();
+    case 2:
+      return body.template operator()<2>();
+    default:
+      return body.template operator()<1>();
   }
 }
 

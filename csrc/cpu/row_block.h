@@ -1,5 +1,5 @@
-// The query side of the backward pass: one block of rows of one head, in the layouts that the products read. Included by
-// backward.h and mask_gradient.h.
+// The query side of the backward pass: one block of rows of one head, in the layouts that the products read. Included
+// by backward.h, mask_gradient.h and tangent_forward.h.
 #pragma once
 
 #include "../core/online_softmax.h"
@@ -37,11 +37,12 @@ TA_INLINE bool load_bias(const ScoreStage<Real>& stage, const TileScratch<Real>&
     return load_bias_per_key(stage, key, span.end, tile.bias);
   }
   bias.per_lane = tile.bias;
-  return load_bias_per_lane(stage, row, rows, kVectors * kLanes<Real>, key, span.begin, span.end, tile.staging, tile.bias);
+  return load_bias_per_lane(stage, row, rows, kVectors * kLanes<Real>, key, span.begin, span.end, tile.staging,
+                            tile.bias);
 }
 
-// exp of a score minus its row's logsumexp. Where a large logsumexp has been rounded (see RowBlock::normalise_weights) the
-// difference may come out positive: there the result is at most 1.
+// exp of a score minus its row's logsumexp. Where a large logsumexp has been rounded (see RowBlock::normalise_weights)
+// the difference may come out positive: there the result is at most 1.
 template <class Real>
 TA_INLINE Vec<Real> weight_from_exponent(Vec<Real> exponent, bool bounded) {
   if (bounded) exponent = exponent > splat(Real{0}) ? splat(Real{0}) : exponent;
@@ -52,14 +53,15 @@ TA_INLINE Vec<Real> weight_from_exponent(Vec<Real> exponent, bool bounded) {
 // (logsumexp −∞) and the lanes beyond the last row get logsumexp +∞, so that every weight is 0, and delta 0; a true +∞
 // becomes NaN. grad_row(i) gives row i of grad_out in whole vectors; out_memory holds one row.
 template <class Real, class GradRow>
-TA_INLINE void load_logsumexp_and_delta(const AttentionProblem& p, const BackwardTensors& t, int64_t batch, int64_t head,
-                                        int64_t row, int64_t rows, int64_t lanes, const GradRow& grad_row,
+TA_INLINE void load_logsumexp_and_delta(const AttentionProblem& p, const BackwardTensors& t, int64_t batch,
+                                        int64_t head, int64_t row, int64_t rows, int64_t lanes, const GradRow& grad_row,
                                         Real* out_memory, Real* logsumexp, Real* delta) {
   constexpr Real infinity = static_cast<Real>(__builtin_inf());
   const int64_t first = (batch * p.heads + head) * p.query_length + row;
   const int64_t columns = round_up(p.value_dim, kLanes<Real>);
   const Real* stored = static_cast<const Real*>(t.logsumexp) + first;
-  const Real* grad_logsumexp = t.grad_logsumexp == nullptr ? nullptr : static_cast<const Real*>(t.grad_logsumexp) + first;
+  const Real* grad_logsumexp =
+      t.grad_logsumexp == nullptr ? nullptr : static_cast<const Real*>(t.grad_logsumexp) + first;
   for (int64_t i = 0; i < lanes; ++i) {
     logsumexp[i] = infinity;
     delta[i] = 0;
@@ -84,10 +86,10 @@ template <class Real>
 struct RowBlock {
   int64_t batch, head, row, rows;
   Panels panels;
-  Rows<Real> query_rows, grad_rows;   // of whole vectors, padded with zeros
-  Real *query, *grad_out;             // panels: [lane offset · dim][dim][lane]
-  Real *logsumexp, *delta;            // [lane]
-  Real* weight_scale;                 // [lane], or null where all are 1
+  Rows<Real> query_rows, grad_rows;  // of whole vectors, padded with zeros
+  Real *query, *grad_out;            // panels: [lane offset · dim][dim][lane]
+  Real *logsumexp, *delta;           // [lane]
+  Real* weight_scale;                // [lane], or null where all are 1
 
   // Memory for any block of at most max_rows rows.
   RowBlock(const AttentionProblem& p, int64_t max_rows, Scratch& scratch) {
@@ -112,16 +114,15 @@ struct RowBlock {
     load_logsumexp_and_delta(p, t, batch, head, row, rows, panels.lanes, grad_row, out_memory_, logsumexp, delta);
     for (int i = 0; i < panels.count; ++i) {
       const int64_t offset = panels.offset[i], width = panels.vectors[i] * kLanes<Real>;
-      pack_panel(query + offset * p.head_dim, width, query_rows.data + offset * query_rows.stride,
-                 query_rows.stride, rows - offset,
-                 p.head_dim);
-      pack_panel(grad_out + offset * p.value_dim, width, grad_rows.data + offset * grad_rows.stride,
-                 grad_rows.stride, rows - offset,
-                 p.value_dim);
+      pack_panel(query + offset * p.head_dim, width, query_rows.data + offset * query_rows.stride, query_rows.stride,
+                 rows - offset, p.head_dim);
+      pack_panel(grad_out + offset * p.value_dim, width, grad_rows.data + offset * grad_rows.stride, grad_rows.stride,
+                 rows - offset, p.value_dim);
     }
   }
 
-  // Where a large logsumexp has lost the weights' common factor to rounding (core/online_softmax.h), sums them once more.
+  // Where a large logsumexp has lost the weights' common factor to rounding (core/online_softmax.h), sums them once
+  // more.
   void normalise_weights(const AttentionProblem& p, const ScoreStage<Real>& stage, const TileScratch<Real>& tile,
                          Real* scores, Real* key_scratch) {
     weight_scale = nullptr;
@@ -147,14 +148,14 @@ struct RowBlock {
         continue;
       }
       if (p.sinks.defined()) {
-        const Real sink = static_cast<const Real*>(p.sinks.data)[head * p.sinks.stride[1]];
+        const Real sink = head_number<Real>(p.sinks, batch, head);
         weight_scale[i] += static_cast<Real>(__builtin_exp(static_cast<double>(sink - logsumexp[i])));
       }
       weight_scale[i] = weight_scale[i] > 0 ? 1 / weight_scale[i] : weight_scale[i];
     }
   }
 
- private:
+ protected:
   // Rows far apart are copied: see key_value_rows.
   Rows<Real> rows_of(const TensorView& view, int64_t columns, Real* memory) const {
     if (view.stride[2] == columns) return padded_rows(view, batch, head, row, rows, columns, memory);
@@ -163,6 +164,9 @@ struct RowBlock {
     return {memory, stride};
   }
 
+  Real* out_memory_;  // one row
+
+ private:
   // weight_scale[lane] += Σ_key exp(score − logsumexp) over one block of keys.
   template <int kVectors>
   TA_NOINLINE void add_weights(const AttentionProblem& p, const ScoreStage<Real>& stage, const TileScratch<Real>& tile,
@@ -172,9 +176,10 @@ struct RowBlock {
         KeySpan::of(stage.band, row + offset, smaller<int64_t>(width, rows - offset), key, keys, kTileRows<kVectors>);
     BiasTile<Real> bias;
     if (span.empty()) return;
-    if (!load_bias<Real, kVectors>(stage, tile, row + offset, smaller<int64_t>(width, rows - offset), key, span, bias)) return;
-    score_tile<Real, kVectors, false>(stage, bias, span, p.head_dim, key_rows, query + offset * p.head_dim, row + offset,
-                                      key, scores, nullptr, nullptr);
+    if (!load_bias<Real, kVectors>(stage, tile, row + offset, smaller<int64_t>(width, rows - offset), key, span, bias))
+      return;
+    score_tile<Real, kVectors, false>(stage, bias, span, p.head_dim, key_rows, query + offset * p.head_dim,
+                                      row + offset, key, scores, nullptr, nullptr);
     for (int n = 0; n < kVectors; ++n) {
       const int64_t lane = offset + n * n_lanes;
       Vec<Real> sum{};
@@ -185,8 +190,7 @@ struct RowBlock {
     }
   }
 
-  Real* weight_scale_memory_;
-  Real *query_memory_, *grad_memory_, *out_memory_;
+  Real *weight_scale_memory_, *query_memory_, *grad_memory_;
 };
 
 }  // namespace torch_attn::cpu::TORCH_ATTN_ISA

@@ -54,10 +54,7 @@ struct ScoreStage {
         alibi(p.alibi_slopes.defined()),
         mask(p.attn_mask.defined()),
         keys(p.key_length) {
-    if (alibi) {
-      const TensorView& slopes = p.alibi_slopes;
-      mod.slope = static_cast<const Real*>(slopes.data)[batch * slopes.stride[0] + head * slopes.stride[1]];
-    }
+    if (alibi) mod.slope = head_number<Real>(p.alibi_slopes, batch, head);
     if (mask) {
       mask_data = element(p.attn_mask, batch, head, 0);
       mask_dtype = p.attn_mask.dtype;
@@ -91,8 +88,8 @@ TA_NOINLINE bool all_masked(const Real* bias, int64_t count) {
   return true;
 }
 
-// Loads the mask's values for keys [key, key + keys), as far as they exist, as one value per key. False if they mask every
-// key.
+// Loads the mask's values for keys [key, key + keys), as far as they exist, as one value per key. False if they mask
+// every key.
 template <class Real>
 TA_INLINE bool load_bias_per_key(const ScoreStage<Real>& stage, int64_t key, int64_t keys, Real* out) {
   keys = smaller(keys, stage.keys - key);
@@ -100,11 +97,11 @@ TA_INLINE bool load_bias_per_key(const ScoreStage<Real>& stage, int64_t key, int
   return !all_masked(out, keys);
 }
 
-// Loads them as one value per key and lane, for rows [row, row + rows) and the block's keys [begin, end); out is indexed
-// from the block's first key. staging holds width × round_up(keys, lanes). False if they mask everything.
+// Loads them as one value per key and lane, for rows [row, row + rows) and the block's keys [begin, end); out is
+// indexed from the block's first key. staging holds width × round_up(keys, lanes). False if they mask everything.
 template <class Real>
-TA_NOINLINE bool load_bias_per_lane(const ScoreStage<Real>& stage, int64_t row, int64_t rows, int64_t width, int64_t key,
-                                    int64_t begin, int64_t end, Real* staging, Real* out) {
+TA_NOINLINE bool load_bias_per_lane(const ScoreStage<Real>& stage, int64_t row, int64_t rows, int64_t width,
+                                    int64_t key, int64_t begin, int64_t end, Real* staging, Real* out) {
   const int64_t keys = smaller(end, stage.keys - key) - begin, stride = round_up(keys, kLanes<Real>);
   bool nothing_attended = true;
   for (int64_t i = 0; i < rows; ++i) {
@@ -117,13 +114,14 @@ TA_NOINLINE bool load_bias_per_lane(const ScoreStage<Real>& stage, int64_t row, 
   return !nothing_attended;
 }
 
-// Dots become scores, in place, for the block's keys [begin, end) and a panel that starts at row: first they are multiplied
-// by factor, which is 1 where they already were (see ScoreStage::dot_factor). key is the block's first key. derivative, if wanted (with softcap), gets d score / d dot; maximum, if not null, is
-// raised to include the scores. A key that the mask or the band excludes scores −∞, even if its dot is NaN.
+// Dots become scores, in place, for the block's keys [begin, end) and a panel that starts at row: first they are
+// multiplied by factor, which is 1 where they already were (see ScoreStage::dot_factor). key is the block's first key.
+// derivative, if wanted (with softcap), gets d score / d dot; maximum, if not null, is raised to include the scores. A
+// key that the mask or the band excludes scores −∞, even if its dot is NaN.
 template <class Real, int kVectors>
-TA_NOINLINE void modify_scores(const ScoreStage<Real>& stage, const BiasTile<Real>& bias, bool band_applies, int64_t row,
-                               int64_t key, int64_t begin, int64_t end, Real factor, Real* scores, Real* derivative,
-                               Real* maximum) {
+TA_NOINLINE void modify_scores(const ScoreStage<Real>& stage, const BiasTile<Real>& bias, bool band_applies,
+                               int64_t row, int64_t key, int64_t begin, int64_t end, Real factor, Real* scores,
+                               Real* derivative, Real* maximum) {
   using Math = VectorMath<Real>;
   using Int = IntVec<Real>;
   constexpr int n_lanes = kLanes<Real>, width = kVectors * n_lanes;
@@ -154,8 +152,8 @@ TA_NOINLINE void modify_scores(const ScoreStage<Real>& stage, const BiasTile<Rea
         score += ScoreMod<Math>::alibi_derivative(splat(static_cast<Real>(j)) - lane_position) * stage.mod.slope;
       }
       if (stage.mask) {
-        const Vec<Real> added = bias.per_lane != nullptr ? load(bias.per_lane + j * width + n * n_lanes)
-                                                         : splat(bias.per_key[j]);
+        const Vec<Real> added =
+            bias.per_lane != nullptr ? load(bias.per_lane + j * width + n * n_lanes) : splat(bias.per_key[j]);
         score = Math::select_equal(added, Math::negative_infinity(), Math::negative_infinity(), score + added);
       }
       const Int number = splat_int<Real>(j);
@@ -173,7 +171,8 @@ TA_INLINE void score_tile(const ScoreStage<Real>& stage, const BiasTile<Real>& b
                           Rows<Real> keys, const Real* panel, int64_t row, int64_t key, Real* scores, Real* derivative,
                           Real* maximum) {
   const auto dots = [&](int64_t begin, int64_t end) TA_INLINE_LAMBDA {
-    dot_rows<Real, kVectors, false>(begin, end, dim, keys.data, keys.stride, panel, stage.dot_factor(), scores, nullptr);
+    dot_rows<Real, kVectors, false>(begin, end, dim, keys.data, keys.stride, panel, stage.dot_factor(), scores,
+                                    nullptr);
   };
   if (stage.changes_elements()) {
     dots(span.begin, span.end);

@@ -15,7 +15,7 @@ struct Scratch::Block {
 namespace {
 
 constexpr size_t kAlignment = 64;
-constexpr size_t kHeader = kAlignment;             // room for a Block, keeping what follows aligned
+constexpr size_t kHeader = kAlignment;  // room for a Block, keeping what follows aligned
 constexpr size_t kSmallestBlock = size_t{1} << 18;
 constexpr size_t kLargestKept = size_t{1} << 24;  // larger blocks go back to the system when their task ends
 constexpr size_t kPage = 4096;
@@ -37,7 +37,8 @@ Scratch::Scratch() {
 
 Scratch::~Scratch() {
   // Several blocks mean the kept one was too small: the next task allocates one of the size that this one took.
-  const bool keep = newest_ != nullptr && newest_->older == nullptr && newest_->size <= kLargestKept && kept.block == nullptr;
+  const bool keep =
+      newest_ != nullptr && newest_->older == nullptr && newest_->size <= kLargestKept && kept.block == nullptr;
   if (keep) {
     kept.block = newest_;
     return;

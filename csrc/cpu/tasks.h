@@ -7,8 +7,8 @@
 
 namespace torch_attn::cpu::TORCH_ATTN_ISA {
 
-// Calls body(item, scratch) once for every item in [0, count). Each thread takes the next item when it has finished one,
-// so items of unequal cost (causal rows) balance; scratch starts empty for each item.
+// Calls body(item, scratch) once for every item in [0, count). Each thread takes the next item when it has finished
+// one, so items of unequal cost (causal rows) balance; scratch starts empty for each item.
 template <class Body>
 void for_each_item(const Parallel& parallel, int64_t count, const Body& body) {
   if (count <= 0) return;

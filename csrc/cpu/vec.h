@@ -1,7 +1,7 @@
-// Vectors of the instruction set being compiled, as GCC vector types, and the few operations that plain C++ operators on
-// them lack. Included by every kernel header. A file of instantiate/ defines TORCH_ATTN_ISA, which becomes the namespace:
-// nothing here may be shared between instruction sets, or the linker could pick the wide one for a narrow CPU. For the
-// same reason kernels use no inline functions or templates of the standard library.
+// Vectors of the instruction set being compiled, as GCC vector types, and the few operations that plain C++ operators
+// on them lack. Included by every kernel header. A file of instantiate/ defines TORCH_ATTN_ISA, which becomes the
+// namespace: nothing here may be shared between instruction sets, or the linker could pick the wide one for a narrow
+// CPU. For the same reason kernels use no inline functions or templates of the standard library.
 #pragma once
 
 #ifndef TORCH_ATTN_ISA

@@ -1,5 +1,5 @@
-// Included first by every file that holds device code: nvcc gets the CUDA runtime; a plain C++ compiler gets the emulator
-// of tests/cuda_emulation, which runs the same file on the CPU.
+// Included first by every file that holds device code: nvcc gets the CUDA runtime; a plain C++ compiler gets the
+// emulator of tests/cuda_emulation, which runs the same file on the CPU.
 #pragma once
 
 #if defined(__CUDACC__)

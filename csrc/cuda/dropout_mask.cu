@@ -13,8 +13,9 @@ __global__ void __launch_bounds__(kThreads) dropout_mask_kernel(const __grid_con
   const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   const int64_t row_index = index / groups, key = index % groups * Dropout::kKeysPerCall;
   if (row_index >= p.batch * p.heads * p.query_length) return;
-  const uint32_t kept = kept_keys(make_dropout(p), row_index / p.query_length, row_index % p.query_length,
-                                  key / Dropout::kKeysPerCall);
+  const int64_t head = row_index / p.query_length;  // of B · Hq
+  const uint32_t kept = kept_keys(make_dropout(p), dropout_batch_head(p, head / p.heads, head % p.heads),
+                                  row_index % p.query_length, key / Dropout::kKeysPerCall);
   for (int i = 0; i < Dropout::kKeysPerCall && key + i < p.key_length; ++i)
     out[row_index * p.key_length + key + i] = p.dropout_p < 1 && (kept >> i & 1);
 }

@@ -1,5 +1,5 @@
-// One head's scores: what turns q·k into the number that the softmax sees, and the weight's dropout bit. The device side
-// of core/score_mod.h, mask.h and dropout.h, shared by all tiers.
+// One head's scores: what turns q·k into the number that the softmax sees, and the weight's dropout bit. The device
+// side of core/score_mod.h, mask.h and dropout.h, shared by all tiers.
 #pragma once
 
 #include "../core/dropout.h"
@@ -54,15 +54,27 @@ TA_DEVICE Dropout make_dropout(const AttentionProblem& p) {
   return Dropout::make(p.dropout_p, seed, offset);
 }
 
-// Whether bit i of the result is set: key 4 · group + i is kept.
-TA_DEVICE uint32_t kept_keys(const Dropout& dropout, int64_t batch_head, int64_t row, int64_t group) {
-  const auto words = Philox4x32::generate(dropout.counter(batch_head, row, group * Dropout::kKeysPerCall),
-                                          static_cast<uint32_t>(dropout.seed),
-                                          static_cast<uint32_t>(dropout.seed >> 32));
+// AttentionProblem::dropout_batch_head, wherever the period is kept.
+TA_DEVICE int64_t dropout_batch_head(const AttentionProblem& p, int64_t batch, int64_t head) {
+  const int64_t batches = p.rng_state ? p.rng_state[2] : p.dropout_batches;
+  return (batches > 0 ? batch % batches : batch) * p.heads + head;
+}
+
+// Bit i of the result: key 4 · group + i is kept.
+TA_DEVICE uint32_t kept_keys(const Dropout& dropout, int64_t dropout_head, int64_t row, int64_t group) {
+  const auto words =
+      Philox4x32::generate(dropout.counter(dropout_head, row, group * Dropout::kKeysPerCall),
+                           static_cast<uint32_t>(dropout.seed), static_cast<uint32_t>(dropout.seed >> 32));
   uint32_t bits = 0;
 #pragma unroll
   for (int i = 0; i < Dropout::kKeysPerCall; ++i) bits |= (words.word[i] >= dropout.threshold ? 1u : 0u) << i;
   return bits;
+}
+
+// alibi_slopes or sinks of one (batch, head).
+template <class Real>
+TA_DEVICE Real per_head(const TensorView& view, int64_t batch, int64_t head) {
+  return static_cast<const Real*>(view.data)[batch * view.stride[0] + head * view.stride[1]];
 }
 
 // Query rows [begin, end).
@@ -79,6 +91,7 @@ struct HeadScore {
   Real keep_scale;
   Dropout dropout;
   int64_t batch_head;
+  int64_t dropout_head;  // what the dropout bits count as batch_head
   int64_t query_length;
 
   TA_DEVICE HeadScore(const AttentionProblem& p, int64_t batch, int64_t head)
@@ -89,15 +102,17 @@ struct HeadScore {
         keep_scale(static_cast<Real>(Dropout::keep_scale(p.dropout_p))),
         dropout{},
         batch_head(batch * p.heads + head),
+        dropout_head(0),
         query_length(p.query_length) {
     if (band.key_length > p.key_length) band.key_length = p.key_length;  // key_lengths on a GPU is not checked before
-    if (p.alibi_slopes.defined())
-      mod.slope = static_cast<const Real*>(
-          p.alibi_slopes.data)[batch * p.alibi_slopes.stride[0] + head * p.alibi_slopes.stride[1]];
+    if (p.alibi_slopes.defined()) mod.slope = per_head<Real>(p.alibi_slopes, batch, head);
     if (p.attn_mask.defined())
       mask.data = static_cast<const unsigned char*>(p.attn_mask.data) +
                   (batch * p.attn_mask.stride[0] + head * p.attn_mask.stride[1]) * element_size(p.attn_mask.dtype);
-    if (dropout_on) dropout = make_dropout(p);
+    if (dropout_on) {
+      dropout = make_dropout(p);
+      dropout_head = dropout_batch_head(p, batch, head);
+    }
   }
 
   // Whether the scores of these rows and keys need no test and no mask.

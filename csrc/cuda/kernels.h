@@ -1,5 +1,5 @@
-// The CUDA attention kernels' whole interface; included by csrc/ops and by dispatch.cu. No Torch and no CUDA type appears
-// here. Errors are exceptions.
+// The CUDA attention kernels' whole interface; included by csrc/ops and by dispatch.cu. No Torch and no CUDA type
+// appears here. Errors are exceptions.
 //
 // Every tensor is described in core/problem.h and lies in the memory of the stream's device; so do key_lengths and
 // rng_state. Outputs need no initialisation. Results are deterministic: no kernel adds with atomics.

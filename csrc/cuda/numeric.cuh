@@ -30,12 +30,30 @@ struct Math {
   TA_DEVICE static R log(R x);
   TA_DEVICE static R tanh(R x);
 };
-template <> TA_DEVICE float Math<float>::exp(float x) { return expf(x); }
-template <> TA_DEVICE float Math<float>::log(float x) { return logf(x); }
-template <> TA_DEVICE float Math<float>::tanh(float x) { return tanhf(x); }
-template <> TA_DEVICE double Math<double>::exp(double x) { return ::exp(x); }
-template <> TA_DEVICE double Math<double>::log(double x) { return ::log(x); }
-template <> TA_DEVICE double Math<double>::tanh(double x) { return ::tanh(x); }
+template <>
+TA_DEVICE float Math<float>::exp(float x) {
+  return expf(x);
+}
+template <>
+TA_DEVICE float Math<float>::log(float x) {
+  return logf(x);
+}
+template <>
+TA_DEVICE float Math<float>::tanh(float x) {
+  return tanhf(x);
+}
+template <>
+TA_DEVICE double Math<double>::exp(double x) {
+  return ::exp(x);
+}
+template <>
+TA_DEVICE double Math<double>::log(double x) {
+  return ::log(x);
+}
+template <>
+TA_DEVICE double Math<double>::tanh(double x) {
+  return ::tanh(x);
+}
 
 // Sixteen bytes of whatever, moved by one instruction.
 struct alignas(16) Bits128 {

@@ -16,9 +16,12 @@ namespace torch_attn::cuda::ptx {
 
 #if defined(__CUDACC__)
 
-TA_DEVICE uint32_t shared_address(const void* pointer) { return static_cast<uint32_t>(__cvta_generic_to_shared(pointer)); }
+TA_DEVICE uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
 
-// --- conversions ------------------------------------------------------------------------------------------------------
+// --- conversions
+// ------------------------------------------------------------------------------------------------------
 TA_DEVICE float to_float(Float16 x) {
   float result;
   asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(x.bits));
@@ -45,8 +48,9 @@ TA_DEVICE float ex2_approx(float x) {
   return result;
 }
 
-// --- asynchronous copies, sm_80 ---------------------------------------------------------------------------------------
-// 16 bytes from global to shared memory, past the L1 cache; zeros when not valid (source is then not read).
+// --- asynchronous copies, sm_80
+// --------------------------------------------------------------------------------------- 16 bytes from global to
+// shared memory, past the L1 cache; zeros when not valid (source is then not read).
 TA_DEVICE void cp_async_16(void* destination, const void* source, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(destination)), "l"(source),
                "r"(valid ? 16 : 0)
@@ -58,8 +62,9 @@ TA_DEVICE void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroupsLeft) : "memory");
 }
 
-// --- matrix instructions, sm_80 ---------------------------------------------------------------------------------------
-// Four 8x8 matrices of 16-bit elements; lane 8m + r gives the address of row r of matrix m.
+// --- matrix instructions, sm_80
+// --------------------------------------------------------------------------------------- Four 8x8 matrices of 16-bit
+// elements; lane 8m + r gives the address of row r of matrix m.
 TA_DEVICE void ldmatrix_x4(uint32_t (&result)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(result[0]), "=r"(result[1]), "=r"(result[2]), "=r"(result[3])
@@ -76,7 +81,8 @@ TA_DEVICE void ldmatrix_x4_trans(uint32_t (&result)[4], const void* row) {
 // d (16x8, float) += a (16x16) · b (16x8).
 TA_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Float16) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }

@@ -9,9 +9,9 @@ namespace torch_attn::cuda {
 
 template <class Real>
 struct RowStatistics {
-  Real* delta;        // grad_out · out − grad_logsumexp: what every weight's gradient is reduced by
-  Real* weight_scale; // 1, or for a large logsumexp 1 / sum of exp(score − logsumexp); see core/online_softmax.h
-  Real* grad_slope;   // written by the query pass: each row's contribution to grad_alibi_slopes
+  Real* delta;         // grad_out · out − grad_logsumexp: what every weight's gradient is reduced by
+  Real* weight_scale;  // 1, or for a large logsumexp 1 / sum of exp(score − logsumexp); see core/online_softmax.h
+  Real* grad_slope;    // written by the query pass: each row's contribution to grad_alibi_slopes
 
   RowStatistics(const AttentionProblem& p, void* workspace)
       : delta(static_cast<Real*>(workspace)),
@@ -65,8 +65,7 @@ __global__ void __launch_bounds__(kStatisticsThreads)
       sum += Math<Real>::exp(score.score(score.mod.capped(dot), row, key, true) - logsumexp);
     }
     sum = warp_sum(sum);
-    if (p.sinks.defined())
-      sum += Math<Real>::exp(static_cast<const Real*>(p.sinks.data)[head * p.sinks.stride[1]] - logsumexp);
+    if (p.sinks.defined()) sum += Math<Real>::exp(per_head<Real>(p.sinks, batch, head) - logsumexp);
     if (sum > 0) scale = 1 / sum;
   }
   if (lane == 0) {
@@ -87,21 +86,31 @@ template <class Real>
 struct BackwardRow {
   Real logsumexp = static_cast<Real>(INFINITY), scale = 0, delta = 0;  // outside the query: all weights are 0
 
-  TA_DEVICE static BackwardRow load(const AttentionProblem& p, const BackwardTensors& t,
-                                    const RowStatistics<Real>& statistics, int64_t batch_head, int64_t row) {
-    BackwardRow result;
-    if (row >= p.query_length) return result;
-    const int64_t i = batch_head * p.query_length + row;
-    result.logsumexp = OnlineSoftmax<Math<Real>>::safe_maximum(static_cast<const Real*>(t.logsumexp)[i]);
-    result.scale = statistics.weight_scale[i];
-    result.delta = statistics.delta[i];
-    return result;
-  }
   TA_DEVICE Real weight(Real score) const { return Math<Real>::exp(score - logsumexp) * scale; }
   // The same from q·k, for a score that is only scaled: factor is scale · log2(e). Half a 16-bit unit at most.
   TA_DEVICE Real plain_weight(Real dot, Real factor) const {
     constexpr float kLog2E = 1.44269504088896340736f;
     return ptx::ex2_approx(dot * factor - logsumexp * kLog2E) * scale;
+  }
+};
+
+// A head's rows from `row` on.
+template <class Real>
+struct BackwardRows {
+  const Real *logsumexp, *weight_scale, *delta;
+  int left;
+
+  TA_DEVICE BackwardRows(const AttentionProblem& p, const BackwardTensors& t, const RowStatistics<Real>& statistics,
+                         int64_t batch_head, int64_t row) {
+    const int64_t first = batch_head * p.query_length + row;
+    logsumexp = static_cast<const Real*>(t.logsumexp) + first;
+    weight_scale = statistics.weight_scale + first;
+    delta = statistics.delta + first;
+    left = p.query_length - row < 1 << 30 ? static_cast<int>(p.query_length - row) : 1 << 30;
+  }
+  TA_DEVICE BackwardRow<Real> operator[](int i) const {
+    if (i >= left) return {};
+    return {OnlineSoftmax<Math<Real>>::safe_maximum(logsumexp[i]), weight_scale[i], delta[i]};
   }
 };
 

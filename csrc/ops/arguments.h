@@ -50,23 +50,28 @@ struct Options {
 
 // torch_attn::attention_forward
 struct ForwardArguments {
-  using Types = Concatenated<TypeList<const Tensor&, const Tensor&, const Tensor&>, Options::Types>;
+  using Types = Concatenated<Concatenated<TypeList<const Tensor&, const Tensor&, const Tensor&>, Options::Types>,
+                             TypeList<const OptionalTensor&>>;
 
   Tensor query, key, value;
   Options options;
+  OptionalTensor rng_state;  // of an earlier call, to replay its dropout; none: drawn
 
-  auto flat() const { return std::tuple_cat(std::tie(query, key, value), options.flat()); }
+  auto flat() const { return std::tuple_cat(std::tie(query, key, value), options.flat(), std::tie(rng_state)); }
 };
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor>;  // out, logsumexp, rng_state
 
 // torch_attn::attention and torch_attn::attention_with_logsumexp
 struct AttentionArguments {
-  using Types = Concatenated<ForwardArguments::Types, TypeList<bool>>;
+  using Types =
+      Concatenated<Concatenated<TypeList<const Tensor&, const Tensor&, const Tensor&>, Options::Types>, TypeList<bool>>;
 
-  ForwardArguments forward;
+  Tensor query, key, value;
+  Options options;
   bool enable_gqa = false;
 
-  auto flat() const { return std::tuple_cat(forward.flat(), std::tie(enable_gqa)); }
+  auto flat() const { return std::tuple_cat(std::tie(query, key, value), options.flat(), std::tie(enable_gqa)); }
+  ForwardArguments forward() const { return {query, key, value, options, std::nullopt}; }
 };
 
 // The inputs that have a gradient, in the order of attention_backward's output_mask and results.
@@ -90,10 +95,63 @@ struct BackwardArguments {
     return std::tuple_cat(std::tie(grad_out, grad_logsumexp, query, key, value, out, logsumexp, rng_state),
                           options.flat(), std::tie(output_mask));
   }
-  ForwardArguments forward() const { return {query, key, value, options}; }
+  ForwardArguments forward() const { return {query, key, value, options, rng_state}; }
 };
 // One tensor per Gradient; an unwanted one has shape (0).
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Tangents of the inputs that have a gradient, for forward-mode differentiation; none: zero.
+struct Tangents {
+  using Types = TypeList<const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                         const OptionalTensor&, const OptionalTensor&>;
+
+  OptionalTensor query, key, value, attn_mask, alibi_slopes, sinks;
+
+  auto flat() const { return std::tie(query, key, value, attn_mask, alibi_slopes, sinks); }
+};
+
+// torch_attn::attention_jvp
+struct JvpArguments {
+  using Types =
+      Concatenated<Concatenated<TypeList<const Tensor&, const Tensor&, const Tensor&, const Tensor&>, Tangents::Types>,
+                   Options::Types>;
+
+  Tensor query, key, value, rng_state;
+  Tangents tangents;
+  Options options;
+
+  auto flat() const { return std::tuple_cat(std::tie(query, key, value, rng_state), tangents.flat(), options.flat()); }
+  ForwardArguments forward() const { return {query, key, value, options, rng_state}; }
+};
+using JvpResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // out, logsumexp, tangent_out, tangent_logsumexp
+
+// torch_attn::attention_backward_jvp: the tangents of attention_backward's results
+struct BackwardJvpArguments {
+  using Types = Concatenated<
+      Concatenated<Concatenated<TypeList<const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&,
+                                         const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                         const Tensor&, const OptionalTensor&, const OptionalTensor&>,
+                                Tangents::Types>,
+                   Options::Types>,
+      TypeList<OutputMask>>;
+
+  Tensor grad_out;
+  OptionalTensor grad_logsumexp;
+  Tensor query, key, value, out, logsumexp, rng_state, tangent_out, tangent_logsumexp;
+  OptionalTensor tangent_grad_out, tangent_grad_logsumexp;
+  Tangents tangents;
+  Options options;
+  OutputMask output_mask{};
+
+  auto flat() const {
+    return std::tuple_cat(std::tie(grad_out, grad_logsumexp, query, key, value, out, logsumexp, rng_state, tangent_out,
+                                   tangent_logsumexp, tangent_grad_out, tangent_grad_logsumexp),
+                          tangents.flat(), options.flat(), std::tie(output_mask));
+  }
+  BackwardArguments backward() const {
+    return {grad_out, grad_logsumexp, query, key, value, out, logsumexp, rng_state, options, output_mask};
+  }
+};
 
 // torch_attn::dropout_keep_mask
 struct DropoutArguments {
@@ -105,6 +163,8 @@ struct DropoutArguments {
 
   auto flat() const { return std::tie(rng_state, batch, heads, query_length, key_length, dropout_p); }
 };
+
+constexpr int64_t kRngStateSize = 3;  // see outputs.h
 
 inline bool is_defined(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
 

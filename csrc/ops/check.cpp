@@ -4,7 +4,6 @@
 #include <c10/core/SymBool.h>
 #include <c10/util/Exception.h>
 
-#include <initializer_list>
 #include <sstream>
 
 namespace torch_attn::ops {
@@ -15,7 +14,7 @@ std::string dtype_text(const Tensor& tensor) { return dtype_text(tensor.scalar_t
 
 constexpr const char* kSupportedDtypes = "float64, float32, bfloat16 or float16";
 
-bool has_shape(const Tensor& tensor, std::initializer_list<SymInt> sizes) {
+bool has_shape(const Tensor& tensor, c10::SymIntArrayRef sizes) {
   if (tensor.dim() != static_cast<int64_t>(sizes.size())) return false;
   int64_t dim = 0;
   for (const SymInt& size : sizes)
@@ -105,14 +104,14 @@ void check_options(const ForwardArguments& a) {
   parse_alignment(o.causal_alignment);
 
   if (is_defined(o.attn_mask)) check_mask(*o.attn_mask, a.query, s);
-  if (is_defined(o.alibi_slopes)) {
-    const Tensor& slopes = *o.alibi_slopes;
-    const bool matches = slopes.dim() == 1 ? has_shape(slopes, {s.heads}) : has_shape(slopes, {s.batch, s.heads});
-    check_per_head(slopes, "alibi_slopes", a.query, matches,
+  const auto check_heads = [&](const OptionalTensor& tensor, const char* name) {
+    if (!is_defined(tensor)) return;
+    const bool matches = tensor->dim() == 1 ? has_shape(*tensor, {s.heads}) : has_shape(*tensor, {s.batch, s.heads});
+    check_per_head(*tensor, name, a.query, matches,
                    "(heads,) = " + shape_text({s.heads}) + " or (batch, heads) = " + shape_text({s.batch, s.heads}));
-  }
-  if (is_defined(o.sinks))
-    check_per_head(*o.sinks, "sinks", a.query, has_shape(*o.sinks, {s.heads}), "(heads,) = " + shape_text({s.heads}));
+  };
+  check_heads(o.alibi_slopes, "alibi_slopes");
+  check_heads(o.sinks, "sinks");
   if (is_defined(o.key_lengths)) {
     const Tensor& lengths = *o.key_lengths;
     TORCH_CHECK(has_shape(lengths, {s.batch}),
@@ -122,6 +121,35 @@ void check_options(const ForwardArguments& a) {
                 "attention: key_lengths must be int64 or int32, but it is ", dtype_text(lengths), ".");
     check_device(lengths, "key_lengths", a.query);
   }
+}
+
+void check_rng_state(const Tensor& state, const char* op) {
+  TORCH_CHECK(has_shape(state, {kRngStateSize}) && state.scalar_type() == at::kLong, op,
+              ": rng_state must be an int64 tensor of shape (3,), but it is of dtype ", dtype_text(state),
+              " and shape ", shape_text(state), ".");
+}
+
+void check_tangent(const OptionalTensor& tangent, const Tensor& primal, const char* name, const char* op) {
+  if (!is_defined(tangent)) return;
+  TORCH_CHECK(has_shape(*tangent, primal.sym_sizes()), op, ": ", name, " must have the shape of its primal, ",
+              shape_text(primal), ", but its shape is ", shape_text(*tangent), ".");
+  TORCH_CHECK(tangent->scalar_type() == primal.scalar_type(), op, ": ", name, " must have the dtype of its primal, ",
+              dtype_text(primal), ", but it is ", dtype_text(*tangent), ".");
+  check_device(*tangent, name, primal);
+}
+
+void check_tangents(const Tangents& t, const ForwardArguments& a, const char* op) {
+  check_tangent(t.query, a.query, "tangent_query", op);
+  check_tangent(t.key, a.key, "tangent_key", op);
+  check_tangent(t.value, a.value, "tangent_value", op);
+  const auto check_option = [op](const OptionalTensor& tangent, const OptionalTensor& primal, const char* name) {
+    if (!is_defined(tangent)) return;
+    TORCH_CHECK(is_defined(primal), op, ": ", name, " is given, but the call has no primal of it.");
+    check_tangent(tangent, *primal, name, op);
+  };
+  check_option(t.attn_mask, a.options.attn_mask, "tangent_attn_mask");
+  check_option(t.alibi_slopes, a.options.alibi_slopes, "tangent_alibi_slopes");
+  check_option(t.sinks, a.options.sinks, "tangent_sinks");
 }
 
 }  // namespace
@@ -157,6 +185,24 @@ Alignment parse_alignment(std::string_view name) {
 void check_arguments(const ForwardArguments& arguments) {
   check_tensors(arguments);
   check_options(arguments);
+  if (is_defined(arguments.rng_state)) check_rng_state(*arguments.rng_state, "attention");
+}
+
+void check_arguments(const JvpArguments& a) {
+  check_arguments(a.forward());
+  check_tangents(a.tangents, a.forward(), "attention_jvp");
+}
+
+void check_arguments(const BackwardJvpArguments& a) {
+  check_arguments(a.backward());
+  check_tangents(a.tangents, a.backward().forward(), "attention_backward_jvp");
+  const auto check_like = [](const OptionalTensor& tangent, const Tensor& primal, const char* name) {
+    check_tangent(tangent, primal, name, "attention_backward_jvp");
+  };
+  check_like(a.tangent_out, a.out, "tangent_out");
+  check_like(a.tangent_logsumexp, a.logsumexp, "tangent_logsumexp");
+  check_like(a.tangent_grad_out, a.grad_out, "tangent_grad_out");
+  check_like(a.tangent_grad_logsumexp, a.logsumexp, "tangent_grad_logsumexp");
 }
 
 void check_arguments(const BackwardArguments& a) {
@@ -183,7 +229,7 @@ void check_arguments(const BackwardArguments& a) {
   check_like_out(a.out, "out");
   check_like_logsumexp(a.logsumexp, "logsumexp");
   if (is_defined(a.grad_logsumexp)) check_like_logsumexp(*a.grad_logsumexp, "grad_logsumexp");
-  check_one(a.rng_state, "rng_state", at::kLong, has_shape(a.rng_state, {2}), {2});
+  check_rng_state(a.rng_state, "attention_backward");
 
   const auto check_wanted = [&](Gradient gradient, const OptionalTensor& input, const char* name) {
     TORCH_CHECK(!a.output_mask[gradient] || (is_defined(input) && at::isFloatingType(input->scalar_type())),
@@ -196,9 +242,7 @@ void check_arguments(const BackwardArguments& a) {
 }
 
 void check_arguments(const DropoutArguments& a) {
-  TORCH_CHECK(has_shape(a.rng_state, {2}) && a.rng_state.scalar_type() == at::kLong,
-              "dropout_keep_mask: rng_state must be an int64 tensor of shape (2,), but it is of dtype ",
-              dtype_text(a.rng_state), " and shape ", shape_text(a.rng_state), ".");
+  check_rng_state(a.rng_state, "dropout_keep_mask");
   TORCH_CHECK_VALUE(a.dropout_p >= 0 && a.dropout_p <= 1,
                     "dropout_keep_mask: dropout_p must be between 0 and 1, but it is ", a.dropout_p, ".");
 }

@@ -18,6 +18,8 @@ namespace torch_attn::ops {
 void check_arguments(const ForwardArguments& arguments);
 // What attention_backward takes beside the forward's arguments, which it checks as well.
 void check_arguments(const BackwardArguments& arguments);
+void check_arguments(const JvpArguments& arguments);
+void check_arguments(const BackwardJvpArguments& arguments);
 void check_arguments(const DropoutArguments& arguments);
 
 // Expected is (batch..., heads, query_length, key_length).

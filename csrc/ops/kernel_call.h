@@ -1,5 +1,5 @@
-// What every fused implementation of the operators does around its kernels: it allocates what they write, hands them plain
-// data, and finishes the small gradients with tensor operators. Included by the implementations' files.
+// What every fused implementation of the operators does around its kernels: it allocates what they write, hands them
+// plain data, and finishes the small gradients with tensor operators. Included by the implementations' files.
 #pragma once
 
 #include <ATen/TensorOperators.h>
@@ -16,15 +16,21 @@ namespace torch_attn::ops {
 // run(problem, outputs)
 template <class Run>
 ForwardResult run_forward(const ForwardArguments& a, Run&& run) {
-  const Tensor rng_state = make_rng_state(a.options.dropout_p, a.query);
+  const Tensor rng_state = rng_state_of(a);
   const PreparedProblem prepared = make_problem(a, rng_state);
   const AttentionProblem& p = prepared.problem;
   const auto options = a.query.options();
   Tensor out = empty_by_row(p.batch, p.heads, p.query_length, p.value_dim, options);
   Tensor logsumexp =
       at::empty({p.batch, p.heads, p.query_length}, options.dtype(accumulator_type(a.query.scalar_type())));
-  if (logsumexp.numel() > 0) run(p, ForwardOutputs{view_of(out), logsumexp.mutable_data_ptr()});
+  if (logsumexp.numel() > 0) run(p, ForwardOutputs{view_of_matrix(out), logsumexp.mutable_data_ptr()});
   return {out, logsumexp, rng_state};
+}
+
+// The sink's share of each row's softmax, (B, Hq, L); 0 in rows where everything, the sink too, is -inf.
+inline Tensor sink_weights(const Tensor& sinks, const Tensor& logsumexp) {
+  const Tensor is_empty = logsumexp == -std::numeric_limits<double>::infinity();
+  return (sinks.to(logsumexp.scalar_type()).unsqueeze(-1) - logsumexp).exp().masked_fill(is_empty, 0);
 }
 
 // -Σ P_sink · (rowsum(grad_out · out) - grad_logsumexp), where P_sink = exp(sink - logsumexp) is the sink's share.
@@ -33,9 +39,7 @@ inline Tensor grad_sinks(const BackwardArguments& a) {
   const auto accumulator = a.logsumexp.scalar_type();
   Tensor row_term = (a.grad_out.to(accumulator) * a.out.to(accumulator)).sum(-1);
   if (is_defined(a.grad_logsumexp)) row_term = row_term - *a.grad_logsumexp;
-  const Tensor share = (sinks.to(accumulator).unsqueeze(-1) - a.logsumexp).exp();
-  const Tensor is_empty = a.logsumexp == -std::numeric_limits<double>::infinity();
-  return (share * row_term).masked_fill(is_empty, 0).sum({0, 2}).neg().to(sinks.scalar_type());
+  return per_head_gradient((sink_weights(sinks, a.logsumexp) * row_term).sum(2).neg(), sinks);
 }
 
 // run(problem, tensors)
@@ -51,9 +55,8 @@ BackwardResult run_backward(const BackwardArguments& a, Run&& run) {
   const Tensor logsumexp = a.logsumexp.contiguous();
   const Tensor grad_logsumexp = is_defined(a.grad_logsumexp) ? a.grad_logsumexp->contiguous() : Tensor();
   BackwardTensors t;
-  t.out = view_of(out);
-  t.grad_out = view_of(grad_out);
-  t.out.stride[3] = t.grad_out.stride[3] = 1;
+  t.out = view_of_matrix(out);
+  t.grad_out = view_of_matrix(grad_out);
   t.logsumexp = logsumexp.const_data_ptr();
   t.grad_logsumexp = grad_logsumexp.defined() ? grad_logsumexp.const_data_ptr() : nullptr;
 
@@ -61,8 +64,7 @@ BackwardResult run_backward(const BackwardArguments& a, Run&& run) {
   const auto allocate = [&](Gradient gradient, const Tensor& input, TensorView& view) {
     if (!a.output_mask[gradient]) return no_gradient(a.query);
     Tensor result = empty_by_row_like(input);
-    view = view_of(result);
-    view.stride[3] = 1;
+    view = view_of_matrix(result);
     return result;
   };
   Tensor grad_query = allocate(kQuery, a.query, t.grad_query);
@@ -81,10 +83,7 @@ BackwardResult run_backward(const BackwardArguments& a, Run&& run) {
   run(p, t);
 
   if (a.output_mask[kAttnMask]) grad_mask = grad_mask.to(a.options.attn_mask->scalar_type());
-  if (a.output_mask[kAlibiSlopes]) {
-    const Tensor& slopes = *a.options.alibi_slopes;
-    grad_slopes = (slopes.dim() == 2 ? grad_slopes : grad_slopes.sum(0)).to(slopes.scalar_type());
-  }
+  if (a.output_mask[kAlibiSlopes]) grad_slopes = per_head_gradient(grad_slopes, *a.options.alibi_slopes);
   return {grad_query, grad_key,    grad_value,
           grad_mask,  grad_slopes, a.output_mask[kSinks] ? grad_sinks(a) : no_gradient(a.query)};
 }

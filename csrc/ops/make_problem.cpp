@@ -45,6 +45,7 @@ void set_rng_state(AttentionProblem& p, const Tensor& rng_state) {
   const Tensor state = rng_state.contiguous();
   p.philox_seed = static_cast<uint64_t>(state.const_data_ptr<int64_t>()[0]);
   p.philox_offset = static_cast<uint64_t>(state.const_data_ptr<int64_t>()[1]);
+  p.dropout_batches = state.const_data_ptr<int64_t>()[2];
 }
 
 }  // namespace
@@ -59,6 +60,21 @@ TensorView view_of(const Tensor& tensor) {
   view.data = data_of(tensor);
   view.dtype = scalar_type_of(tensor);
   for (int64_t dim = 0; dim < 4; ++dim) view.stride[dim] = tensor.size(dim) == 1 ? 0 : tensor.stride(dim);
+  return view;
+}
+
+TensorView view_of_matrix(const Tensor& tensor) {
+  TensorView view = view_of(tensor);
+  view.stride[3] = 1;
+  return view;
+}
+
+TensorView view_per_head(const Tensor& tensor) {
+  TensorView view;
+  view.data = data_of(tensor);
+  view.dtype = scalar_type_of(tensor);
+  view.stride[0] = tensor.dim() == 2 ? tensor.stride(0) : 0;
+  view.stride[1] = tensor.stride(-1);
   return view;
 }
 
@@ -79,11 +95,7 @@ PreparedProblem make_problem(const ForwardArguments& a, const Tensor& rng_state)
 
   size_t used = 0;
   const auto keep = [&](Tensor tensor) -> const Tensor& { return tensors[used++] = std::move(tensor); };
-  const auto matrix = [&](const Tensor& tensor) {
-    TensorView view = view_of(keep(with_unit_column_stride(tensor)));
-    view.stride[3] = 1;
-    return view;
-  };
+  const auto matrix = [&](const Tensor& tensor) { return view_of_matrix(keep(with_unit_column_stride(tensor))); };
   p.query = matrix(a.query);
   p.key = matrix(a.key);
   p.value = matrix(a.value);
@@ -93,20 +105,8 @@ PreparedProblem make_problem(const ForwardArguments& a, const Tensor& rng_state)
   p.softcap = o.softcap;
   if (is_defined(o.attn_mask)) p.attn_mask = view_of(keep(*o.attn_mask));
   const auto accumulator = accumulator_type(a.query.scalar_type());
-  if (is_defined(o.alibi_slopes)) {
-    const Tensor& slopes = keep(o.alibi_slopes->to(accumulator));
-    const bool per_batch = slopes.dim() == 2;
-    p.alibi_slopes.data = data_of(slopes);
-    p.alibi_slopes.dtype = scalar_type_of(slopes);
-    p.alibi_slopes.stride[0] = per_batch ? slopes.stride(0) : 0;
-    p.alibi_slopes.stride[1] = slopes.stride(-1);
-  }
-  if (is_defined(o.sinks)) {
-    const Tensor& sinks = keep(o.sinks->to(accumulator));
-    p.sinks.data = data_of(sinks);
-    p.sinks.dtype = scalar_type_of(sinks);
-    p.sinks.stride[1] = sinks.stride(0);
-  }
+  if (is_defined(o.alibi_slopes)) p.alibi_slopes = view_per_head(keep(o.alibi_slopes->to(accumulator)));
+  if (is_defined(o.sinks)) p.sinks = view_per_head(keep(o.sinks->to(accumulator)));
 
   p.window_left = window_bound(o.window_left);
   p.window_right = o.is_causal ? 0 : window_bound(o.window_right);

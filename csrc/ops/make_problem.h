@@ -24,4 +24,10 @@ Tensor with_unit_column_stride(const Tensor& tensor);
 // Strides are those of broadcasting to four dimensions: 0 where the tensor's size is 1.
 TensorView view_of(const Tensor& tensor);
 
+// The same for what kernels take with column stride 1 only.
+TensorView view_of_matrix(const Tensor& tensor);
+
+// (Hq) or (B, Hq): strides of batch and head alone.
+TensorView view_per_head(const Tensor& tensor);
+
 }  // namespace torch_attn::ops

@@ -37,6 +37,12 @@ struct AttentionForward : Operator<AttentionForward, ForwardArguments, ForwardRe
 struct AttentionBackward : Operator<AttentionBackward, BackwardArguments, BackwardResult> {
   static constexpr const char* name = "torch_attn::attention_backward";
 };
+struct AttentionJvp : Operator<AttentionJvp, JvpArguments, JvpResult> {
+  static constexpr const char* name = "torch_attn::attention_jvp";
+};
+struct AttentionBackwardJvp : Operator<AttentionBackwardJvp, BackwardJvpArguments, BackwardResult> {
+  static constexpr const char* name = "torch_attn::attention_backward_jvp";
+};
 struct DropoutKeepMask : Operator<DropoutKeepMask, DropoutArguments, Tensor> {
   static constexpr const char* name = "torch_attn::dropout_keep_mask";
 };

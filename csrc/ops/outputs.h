@@ -5,6 +5,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/randint.h>
+#include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 
 #include <limits>
@@ -27,12 +28,24 @@ inline Tensor empty_by_row_like(const Tensor& t) {
 // What stands for a gradient that output_mask does not ask for.
 inline Tensor no_gradient(const Tensor& query) { return at::empty({0}, query.options()); }
 
-// (seed, offset) of the dropout bits: drawn with the device's default generator once per call, zeros without dropout.
+// A gradient (B, Hq) to the shape and dtype of the input it belongs to, (Hq) or (B, Hq).
+inline Tensor per_head_gradient(const Tensor& gradient, const Tensor& input) {
+  return (input.dim() == 2 ? gradient : gradient.sum(0)).to(input.scalar_type());
+}
+
+// (seed, offset, batch period) of the dropout bits: the seed is drawn with the device's default generator once per
+// call; zeros without dropout. A period n makes batch entry b share the bits of b modulo n; 0: each entry has its own.
 // Operators, not generator calls, so that vmap's randomness modes and tracing apply.
 inline Tensor make_rng_state(double dropout_p, const Tensor& query) {
   const auto options = query.options().dtype(at::kLong);
-  if (dropout_p == 0) return at::zeros({2}, options);
-  return at::constant_pad_nd(at::randint(std::numeric_limits<int64_t>::max(), {1}, options), {0, 1});
+  if (dropout_p == 0) return at::zeros({kRngStateSize}, options);
+  const Tensor seed = at::randint(std::numeric_limits<int64_t>::max(), {1}, options);
+  return at::constant_pad_nd(seed, {0, kRngStateSize - 1});
+}
+
+// The state that the call was given, as an output of its own, or a new one.
+inline Tensor rng_state_of(const ForwardArguments& a) {
+  return is_defined(a.rng_state) ? a.rng_state->clone() : make_rng_state(a.options.dropout_p, a.query);
 }
 
 }  // namespace torch_attn::ops

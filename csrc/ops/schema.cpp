@@ -12,6 +12,12 @@ const std::string kOptions =
     "SymInt? window_right=None, str causal_alignment=\"top_left\", Tensor? alibi_slopes=None, float softcap=0.0, "
     "Tensor? sinks=None, Tensor? key_lengths=None";
 const std::string kInputs = "Tensor query, Tensor key, Tensor value, *, ";
+const std::string kTangents =
+    "Tensor? tangent_query, Tensor? tangent_key, Tensor? tangent_value, Tensor? tangent_attn_mask, "
+    "Tensor? tangent_alibi_slopes, Tensor? tangent_sinks";
+const std::string kGradients =
+    " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_attn_mask, Tensor grad_alibi_slopes, "
+    "Tensor grad_sinks)";
 
 }  // namespace
 
@@ -33,13 +39,22 @@ TORCH_LIBRARY_FRAGMENT(torch_attn, m) {
       random);
 
   // What kernels implement: four dimensions, (batch, head, row, column).
-  define("attention_forward(" + kInputs + kOptions + ") -> (Tensor out, Tensor logsumexp, Tensor rng_state)", random);
+  define("attention_forward(" + kInputs + kOptions +
+             ", Tensor? rng_state=None) -> (Tensor out, Tensor logsumexp, Tensor rng_state)",
+         random);
   define(
       "attention_backward(Tensor grad_out, Tensor? grad_logsumexp, Tensor query, Tensor key, Tensor value, Tensor out, "
       "Tensor logsumexp, Tensor rng_state, *, " +
-          kOptions +
-          ", bool[6] output_mask) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_attn_mask, "
-          "Tensor grad_alibi_slopes, Tensor grad_sinks)",
+          kOptions + ", bool[6] output_mask)" + kGradients,
+      pure);
+  define("attention_jvp(Tensor query, Tensor key, Tensor value, Tensor rng_state, " + kTangents + ", *, " + kOptions +
+             ") -> (Tensor out, Tensor logsumexp, Tensor tangent_out, Tensor tangent_logsumexp)",
+         pure);
+  define(
+      "attention_backward_jvp(Tensor grad_out, Tensor? grad_logsumexp, Tensor query, Tensor key, Tensor value, "
+      "Tensor out, Tensor logsumexp, Tensor rng_state, Tensor tangent_out, Tensor tangent_logsumexp, "
+      "Tensor? tangent_grad_out, Tensor? tangent_grad_logsumexp, " +
+          kTangents + ", *, " + kOptions + ", bool[6] output_mask)" + kGradients,
       pure);
   define(
       "dropout_keep_mask(Tensor rng_state, SymInt batch, SymInt heads, SymInt query_length, SymInt key_length, "

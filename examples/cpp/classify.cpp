@@ -1,5 +1,5 @@
-// classify MODEL IMAGES: runs a scripted classifier on images that Python saved, without Python, and compares the classes
-// with Python's. The demo builds and runs it (examples/digits_vit/cpp_check.py).
+// classify MODEL IMAGES: runs a scripted classifier on images that Python saved, without Python, and compares the
+// classes with Python's. The demo builds and runs it (examples/digits_vit/cpp_check.py).
 //
 // MODEL is from torch.jit.save; IMAGES from torch.save({"images": ..., "predictions": ...}).
 #include <torch/script.h>
@@ -18,7 +18,7 @@ c10::Dict<c10::IValue, c10::IValue> load_dict(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   if (!file) throw std::runtime_error("cannot open " + path);
   const std::vector<char> bytes((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
-  return torch::pickle_load(bytes).toGenericDict();
+  return torch::jit::pickle_load(bytes).toGenericDict();
 }
 
 // Linking torch_attn registered its operators; the dispatcher finds them by name.

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from model import VisionTransformer
 from torch import Tensor
+
+from model import VisionTransformer
 
 matplotlib.use("Agg")  # draws into a file, so no screen is needed
 from matplotlib import pyplot  # noqa: E402
@@ -41,10 +42,10 @@ def draw(model: VisionTransformer, images: Tensor, labels: Tensor, file: Path) -
     for column, (image, prediction) in enumerate(zip(images, predictions.tolist(), strict=True)):
         for row in range(1 + heads):
             axis = axes[row, column]
-            axis.imshow(image[0], cmap="gray_r", vmin=-1, vmax=1 if row == 0 else 2.5)
+            axis.imshow(image[0].numpy(), cmap="gray_r", vmin=-1, vmax=1 if row == 0 else 2.5)
             axis.set(xticks=[], yticks=[])
             if row > 0:
-                shares = weights[column, row - 1].view(side, side)
+                shares = weights[column, row - 1].view(side, side).numpy()
                 extent = (-0.5, pixels - 0.5, pixels - 0.5, -0.5)
                 glow = axis.imshow(shares, cmap=GLOW, vmin=0, vmax=0.5, extent=extent, interpolation="nearest")
         axes[0, column].set_title(f"“{prediction}”", fontsize=11)
@@ -52,7 +53,7 @@ def draw(model: VisionTransformer, images: Tensor, labels: Tensor, file: Path) -
         axes[row, 0].set_ylabel("image" if row == 0 else f"head {row}", fontsize=10)
     bar = figure.colorbar(glow, ax=axes[1:, :], shrink=0.7, pad=0.01, extend="max")
     bar.set_label("share of the head's attention", fontsize=9)
-    figure.suptitle("Attention of the class token over the 16 patches, last layer; above, the model's answer", fontsize=11)
+    figure.suptitle("Attention of the class token over the patches, last layer; above, the model's answer", fontsize=11)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
     pyplot.close(figure)

@@ -17,8 +17,8 @@ REPOSITORY = Path(__file__).parents[2]
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", folder, REPOSITORY]
-    subprocess.run(command, check=True)
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps"]
+    subprocess.run([*pip, "-w", folder, REPOSITORY], check=True)
     (file,) = folder.glob("*.whl")
     return file
 

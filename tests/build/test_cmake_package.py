@@ -46,7 +46,8 @@ def test_consumer_loads_the_operators_without_naming_a_symbol(project: Path, env
     assert result.returncode == 0, result.stderr
     subprocess.run(["cmake", "--build", project / "build"], check=True, env=environment)
     program = project / "build" / "consumer"
-    loaded = subprocess.run([program], env={**environment, "LD_DEBUG": "files"}, capture_output=True, text=True, check=True)
+    traced = {**environment, "LD_DEBUG": "files"}
+    loaded = subprocess.run([program], env=traced, stderr=subprocess.PIPE, text=True, check=True)
     assert f"calling init: {_library.LIBRARY}" in loaded.stderr
 
 

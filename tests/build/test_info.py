@@ -24,8 +24,9 @@ def test_info_names_both_torch_releases() -> None:
     assert facts["running torch"] == torch.__version__
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA may be on where there is a GPU")
 def test_info_says_why_cuda_is_off() -> None:
-    assert info()["cuda"] == "off: this version of torch_attn has no CUDA kernels"
+    assert info()["cuda"].startswith("off: ")
 
 
 @pytest.mark.parametrize("isa", torch.ops.torch_attn.cpu_isas())

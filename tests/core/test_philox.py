@@ -26,7 +26,7 @@ def test_keep_mask_is_philox_at_the_documented_counter() -> None:
     batch, heads, rows, keys, p = 2, 3, 5, 11, 0.37
     for offset in (0, 2**32 - 3):
         seed = int(torch.randint(2**62, ()))
-        keep = torch.ops.torch_attn.dropout_keep_mask(torch.tensor([seed, offset]), batch, heads, rows, keys, p)
+        keep = torch.ops.torch_attn.dropout_keep_mask(torch.tensor([seed, offset, 0]), batch, heads, rows, keys, p)
         for b in range(batch):
             for h in range(heads):
                 high = offset + b * heads + h
@@ -34,3 +34,10 @@ def test_keep_mask_is_philox_at_the_documented_counter() -> None:
                     for j in range(keys):
                         words = philox4x32([j // 4, i, high & MASK, high >> 32], [seed & MASK, seed >> 32])
                         assert keep[b, h, i, j].item() == (words[j % 4] >= int(p * 2**32))
+
+
+def test_a_batch_period_repeats_the_bits() -> None:
+    seed = int(torch.randint(2**62, ()))
+    own = torch.ops.torch_attn.dropout_keep_mask(torch.tensor([seed, 0, 0]), 6, 2, 9, 10, 0.5)
+    repeated = torch.ops.torch_attn.dropout_keep_mask(torch.tensor([seed, 0, 2]), 6, 2, 9, 10, 0.5)
+    assert torch.equal(repeated, own[:2].repeat(3, 1, 1, 1)) and not torch.equal(repeated, own)

@@ -12,7 +12,7 @@ from .emulation import Device, build
 
 @pytest.fixture(scope="session")
 def built_device() -> Device:
-    # With address: LD_PRELOAD="$(gcc -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0, as `make sanitize` does.
+    # "address" needs AddressSanitizer's runtime in the process from the start: see the Makefile.
     return build(os.environ.get("TORCH_ATTN_EMULATION_CHECK", "races"))
 
 

@@ -6,6 +6,7 @@ import ctypes
 import math
 import shutil
 import subprocess
+from collections.abc import Iterable
 from ctypes import POINTER, Structure, c_char_p, c_double, c_int, c_int64, c_size_t, c_uint8, c_uint64, c_void_p
 from enum import IntEnum
 from pathlib import Path
@@ -45,6 +46,7 @@ class AttentionProblem(Structure):
         ("philox_seed", c_uint64),
         ("philox_offset", c_uint64),
         ("rng_state", c_void_p),
+        ("dropout_batches", c_int64),
     ]
 
 
@@ -163,7 +165,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 class Run:
     """One call on the device; holds the problem and what the forward pass left for the backward pass."""
 
-    def __init__(self, device: Device, call: Call, rng_state: tuple[int, int]) -> None:
+    def __init__(self, device: Device, call: Call, rng_state: tuple[int, int], dropout_batches: int = 0) -> None:
         self.device, self.call = device, call
         device.lib.emulation_free_all()
         q, k, v, options = call.query, call.key, call.value, call.options
@@ -179,15 +181,16 @@ class Run:
         p.window_right = min(options.get("window_right", UNBOUNDED), 0 if options.get("is_causal") else UNBOUNDED)
         p.alignment = options.get("causal_alignment", "top_left") == "bottom_right"
         p.dropout_p = options.get("dropout_p", 0.0)
-        p.rng_state = device.put(torch.tensor(rng_state))
-        p.philox_seed, p.philox_offset = 1, 1  # must not be read
+        p.rng_state = device.put(torch.tensor([*rng_state, dropout_batches]))
+        p.philox_seed, p.philox_offset, p.dropout_batches = 1, 1, 1  # must not be read
         if (mask := options.get("attn_mask")) is not None:
             p.attn_mask = view(device.put(mask), mask, strides(mask))
         if (slopes := options.get("alibi_slopes")) is not None:
             slopes = slopes.expand(p.batch, p.heads)
             p.alibi_slopes = view(device.put(slopes), slopes, [*slopes.stride(), 0, 0])
         if (sinks := options.get("sinks")) is not None:
-            p.sinks = view(device.put(sinks), sinks, [0, *sinks.stride(), 0, 0])
+            sinks = sinks.expand(p.batch, p.heads)
+            p.sinks = view(device.put(sinks), sinks, [*sinks.stride(), 0, 0])
         if (lengths := options.get("key_lengths")) is not None:
             p.key_lengths = device.put(lengths)
 
@@ -210,8 +213,10 @@ class Run:
         self.out, self.logsumexp = device.get(pointers[0], out), device.get(pointers[1], logsumexp)
         return {"out": self.out, "logsumexp": self.logsumexp}
 
-    def backward(self) -> dict[str, Tensor]:
+    def backward(self, wanted: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """The gradients of the named inputs; None: of all."""
         device, call, t = self.device, self.call, BackwardTensors()
+        leaves = call.leaves() if wanted is None else {name: x for name, x in call.leaves().items() if name in wanted}
         grads: dict[str, Tensor] = {}
         pointers: dict[str, int] = {}
 
@@ -223,9 +228,9 @@ class Run:
         t.logsumexp = device.put(self.logsumexp)
         t.grad_logsumexp = device.put(self.grad_logsumexp()) if call.grad_logsumexp is not None else None
         for name in ("query", "key", "value"):
-            grad = self.by_row(getattr(call, name))
-            setattr(t, f"grad_{name}", view(output(f"grad_{name}", grad), grad))
-        leaves = call.leaves()
+            if name in leaves:
+                grad = self.by_row(leaves[name])
+                setattr(t, f"grad_{name}", view(output(f"grad_{name}", grad), grad))
         if "attn_mask" in leaves:
             grad = torch.empty(leaves["attn_mask"].shape, dtype=self.real)
             t.grad_attn_mask = view(output("grad_attn_mask", grad), grad, strides(grad))

@@ -56,8 +56,7 @@ int emulation_force_tier(const char* name) {
 const char* emulation_tiers(const torch_attn::AttentionProblem* problem, const torch_attn::BackwardTensors* backward) {
   static std::string text;
   text.clear();
-  const auto answers =
-      backward ? cuda::backward_tiers(*problem, *backward, {}) : cuda::forward_tiers(*problem, {});
+  const auto answers = backward ? cuda::backward_tiers(*problem, *backward, {}) : cuda::forward_tiers(*problem, {});
   for (const auto& answer : answers) text += std::string(answer.tier) + ": " + answer.refusal + "\n";
   return text.c_str();
 }

@@ -5,13 +5,22 @@ Each test draws its thread schedule as it draws its inputs; the emulator also ch
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
-from ..cases import CASE_BY_NAME, CASES, Case
+from ..cases import CASE_BY_NAME, CASES, CAUSAL, Case, bool_mask, everything
 from ..oracle import Call, max_error, run_reference
 from .emulation import Device, Fault, KernelError, Run, accumulator, run_on
 
+needs_access_reports = pytest.mark.skipif(
+    os.environ.get("TORCH_ATTN_EMULATION_CHECK", "races") != "races",
+    reason="AddressSanitizer ends the process, and does not look for races",
+)
+FULL = {"dropout_p": 0.2, "softcap": 4.0}
 HALF = [torch.bfloat16, torch.float16]
 
 
@@ -39,7 +48,7 @@ def random_seed() -> int:
 
 
 def assert_accurate(call: Call, actual: dict[str, torch.Tensor], keep: torch.Tensor | None) -> None:
-    """Each error is within 2x (gradients 3x) of torch's own.
+    """Each error is within 2x of torch's own; 3x for gradients, and where tensor cores take weights rounded to 16 bits.
 
     Torch computes in the call's dtype, except that 16-bit forward results are judged by float32 math, rounded. Where
     torch's error happens to vanish, some units in the last place of the accumulator are granted.
@@ -52,11 +61,16 @@ def assert_accurate(call: Call, actual: dict[str, torch.Tensor], keep: torch.Ten
     units = 64 if dtype == torch.float64 else 4
     for name, value in actual.items():
         yardstick = (gradients if name.startswith("grad") else forward)[name].to(value.dtype)
-        factor = 3 if name.startswith("grad") else 2
+        factor = 3 if name.startswith("grad") or dtype in HALF else 2
         finite = exact[name][exact[name].isfinite()]
         magnitude = max(1.0, finite.abs().max().item() if finite.numel() else 0.0)
         torch_error = max_error(yardstick, exact[name])
-        bound = factor * torch_error + units * torch.finfo(accumulator(dtype)).eps * magnitude
+        granted = units * torch.finfo(accumulator(dtype)).eps * magnitude
+        # A few numbers, each a long sum of terms that nearly cancel and hold the rounded output: torch's own error in
+        # them is a matter of chance.
+        if name in ("grad_sinks", "grad_alibi_slopes"):
+            granted = 4 * units * torch.finfo(dtype).eps * magnitude
+        bound = factor * torch_error + granted
         error = max_error(value, exact[name])
         assert error <= bound, f"{name}: error {error:.3g} exceeds {factor} x torch's {torch_error:.3g}"
 
@@ -80,7 +94,7 @@ def test_simt_other_types(name: str, dtype: torch.dtype, device: Device) -> None
     check_case(device, "simt", CASE_BY_NAME[name], dtype)
 
 
-WIDE_CASES = [
+ANY_SIZE = [
     Case("wider_than_a_block", batch=1, heads=1, kv_heads=1, head_dim=150, value_dim=200),
     Case("head_dim_zero", head_dim=0, options={"scale": 1.0}),
     Case("value_dim_zero", value_dim=0),
@@ -89,38 +103,98 @@ WIDE_CASES = [
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", WIDE_CASES, ids=str)
+@pytest.mark.parametrize("case", ANY_SIZE, ids=str)
 def test_simt_serves_any_size(case: Case, dtype: torch.dtype, device: Device) -> None:
     check_case(device, "simt", case, dtype)
 
 
+SM80_CASES = [case for case in CASES if case.head_dim % 8 == 0 and case.value_dim % 8 == 0]
+# Each width that has kernels of its own, plain and full, and widths in between; several tiles of rows and keys.
+ONE_HEAD = {"batch": 1, "heads": 1, "kv_heads": 1, "query_length": 150, "key_length": 170}
+SM80_WIDTHS = [
+    Case("dim_8_value_72", head_dim=8, value_dim=72, **ONE_HEAD),
+    Case("dim_128_causal", head_dim=128, value_dim=128, options=CAUSAL, **ONE_HEAD),
+    Case("dim_80_value_120_everything", head_dim=80, value_dim=120, draw=everything, options=FULL, **ONE_HEAD),
+    Case("dim_192_value_128", head_dim=192, value_dim=128, **ONE_HEAD),
+    Case("dim_256_window", head_dim=256, value_dim=256, options={"window_left": 40}, **ONE_HEAD),
+    Case("dim_256_masked", head_dim=256, value_dim=200, draw=bool_mask("L", "S"), options=FULL, **ONE_HEAD),
+    Case("no_keys", key_length=0),
+]
+
+
+@pytest.mark.parametrize("case", SM80_CASES, ids=str)
+def test_sm80_bfloat16(case: Case, device: Device) -> None:
+    check_case(device, "sm80", case, torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["causal", "grouped_query_causal", "float_mask_causal", "everything"])
+def test_sm80_float16(name: str, device: Device) -> None:
+    check_case(device, "sm80", CASE_BY_NAME[name], torch.float16)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("case", SM80_WIDTHS, ids=str)
+def test_sm80_widths(case: Case, dtype: torch.dtype, device: Device) -> None:
+    check_case(device, "sm80", case, dtype)
+
+
 @pytest.mark.parametrize("case", [Case("no_batch", batch=0), Case("no_rows", query_length=0)], ids=str)
-def test_an_empty_call_does_nothing(case: Case, device: Device) -> None:
-    results, _ = run_on(device, draw_call(case, torch.float32), (0, 0))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_empty_call_does_nothing(case: Case, dtype: torch.dtype, device: Device) -> None:
+    results, _ = run_on(device, draw_call(case, dtype), (0, 0))
     for name in ("grad_key", "grad_value"):
         assert not results[name].any()
 
 
-def test_each_tier_answers(device: Device) -> None:
-    def tiers(case: Case, dtype: torch.dtype) -> dict[str, str]:
-        return Run(device, draw_call(case, dtype), (0, 0)).tiers()
+@pytest.mark.parametrize("tier", ["simt", "sm80"])
+@pytest.mark.parametrize(
+    "wanted", [["query"], ["key"], ["value"], ["alibi_slopes"], ["key", "attn_mask"]], ids="+".join
+)
+def test_each_gradient_alone_is_the_same_as_with_the_others(tier: str, wanted: list[str], device: Device) -> None:
+    call = draw_call(Case("all", draw=everything, options=FULL, query_length=70, key_length=80), torch.bfloat16)
+    device.force_tier(tier)
+    run = Run(device, call, (3, 4))
+    run.forward()
+    every, some = run.backward(), run.backward(wanted)
+    assert some.keys() == {f"grad_{name}" for name in wanted}
+    for name, value in some.items():
+        assert torch.equal(value, every[name])
 
-    assert tiers(CASE_BY_NAME["plain"], torch.float32)["simt"] == ""
-    device.force_tier("simt")
-    assert tiers(CASE_BY_NAME["plain"], torch.bfloat16)["simt"] == ""
+
+def test_each_tier_serves_or_says_why_not(device: Device) -> None:
+    def tiers(dtype: torch.dtype, **sizes: Any) -> dict[str, str]:
+        return Run(device, draw_call(Case("call", **sizes), dtype), (0, 0)).tiers()
+
+    assert tiers(torch.bfloat16) == {"sm80": "", "simt": ""}
+    assert tiers(torch.float32) == {"sm80": "it takes float16 and bfloat16", "simt": ""}
+    assert tiers(torch.float16, head_dim=20) == {"sm80": "head_dim and value_dim must be multiples of 8", "simt": ""}
+    assert tiers(torch.float16, value_dim=264) == {"sm80": "head_dim and value_dim must be at most 256", "simt": ""}
+    shifted = draw_call(Case("call"), torch.float16)
+    shifted.key = torch.randn(2, 2, 37, 20).half()[..., 4:]
+    assert "multiples of 16 bytes" in Run(device, shifted, (0, 0)).tiers()["sm80"]
+    device.force_tier("sm80")
+    with pytest.raises(
+        KernelError, match="no CUDA kernel can serve this call .sm80: it takes float16 and bfloat16; simt"
+    ):
+        run_on(device, draw_call(Case("call"), torch.float32), (0, 0))
+    with pytest.raises(KernelError, match="there is no CUDA tier named sm1"):
+        device.force_tier("sm1")
 
 
 def test_dropout_bits_are_those_of_the_cpu_kernels(device: Device) -> None:
     case = CASE_BY_NAME["dropout_causal_grouped"]
     rng_state, p = random_rng_state(), case.options["dropout_p"]
-    run = Run(device, draw_call(case, torch.float32), rng_state)
     sizes = (case.batch, case.heads, case.query_length, case.key_length)
-    expected = torch.ops.torch_attn.dropout_keep_mask(torch.tensor(rng_state), *sizes, p)
-    assert torch.equal(run.keep_mask(), expected)
+    call = draw_call(case, torch.float32)
+    for batches in (0, 1):  # 1: every batch entry has the same bits
+        expected = torch.ops.torch_attn.dropout_keep_mask(torch.tensor([*rng_state, batches]), *sizes, p)
+        assert torch.equal(Run(device, call, rng_state, batches).keep_mask(), expected)
 
 
-def test_results_do_not_depend_on_the_schedule(device: Device) -> None:
-    call, rng_state = draw_call(CASE_BY_NAME["everything"], torch.float32), random_rng_state()
+@pytest.mark.parametrize(("tier", "dtype"), [("simt", torch.float32), ("sm80", torch.bfloat16)])
+def test_results_do_not_depend_on_the_schedule(tier: str, dtype: torch.dtype, device: Device) -> None:
+    call, rng_state = draw_call(CASE_BY_NAME["everything"], dtype), random_rng_state()
+    device.force_tier(tier)
     first, _ = run_on(device, call, rng_state)
     device.configure(random_seed())
     second, _ = run_on(device, call, rng_state)
@@ -128,20 +202,43 @@ def test_results_do_not_depend_on_the_schedule(device: Device) -> None:
         assert torch.equal(value, second[name]), name
 
 
-def barriers_needed(device: Device, call: Call, fault: Fault, calls: int) -> list[int]:
-    """Which of a kernel's first calls of a barrier or wait can be left out without the emulator noticing."""
-    unnoticed = []
+# A kernel in two or more steps of its pipeline, so that buffers are used again.
+KERNELS: dict[str, Callable[[Run], object]] = {
+    "forward": Run.forward,
+    "query_gradient": lambda run: run.backward(["query"]),
+    "key_value_gradient": lambda run: run.backward(["key", "value"]),
+}
+
+
+def unnoticed(device: Device, run: Run, kernel: str, fault: Fault, calls: int) -> list[int]:
+    """Which of the first calls of a barrier or a wait a kernel can lose without the emulator noticing."""
+    lost = []
     for i in range(calls):
         device.configure(random_seed(), fault, i)
         try:
-            run_on(device, call, (0, 0))
+            KERNELS[kernel](run)
         except KernelError:
             continue
-        unnoticed.append(i)
-    return unnoticed
+        lost.append(i)
+    return lost
 
 
-def test_every_barrier_of_the_simt_kernels_is_needed_and_its_loss_noticed(device: Device) -> None:
-    call = draw_call(Case("two_tiles", batch=1, heads=1, kv_heads=1, query_length=64, key_length=100), torch.float32)
-    # Call 0 guards buffers that nobody has used before.
-    assert barriers_needed(device, call, Fault.SKIP_BLOCK_BARRIER, 8) in ([], [0])
+@needs_access_reports
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("tier", "dtype"), [("simt", torch.float32), ("sm80", torch.bfloat16)])
+def test_the_loss_of_any_barrier_or_wait_is_noticed(tier: str, dtype: torch.dtype, kernel: str, device: Device) -> None:
+    sizes = {"batch": 1, "heads": 1, "kv_heads": 1, "query_length": 200, "key_length": 200}
+    device.force_tier(tier)
+    run = Run(device, draw_call(Case("several_steps", **sizes), dtype), (0, 0))
+    run.forward()
+    if tier == "simt":
+        # The first barrier guards buffers that nobody has used before.
+        # Between its two products, key_value_gradient's own barrier comes before the product's.
+        redundant = {0, 9} if kernel == "key_value_gradient" else {0}
+        assert set(unnoticed(device, run, kernel, Fault.SKIP_BLOCK_BARRIER, 10)) == redundant
+    else:
+        assert unnoticed(device, run, kernel, Fault.SKIP_BLOCK_BARRIER, 4) == []
+        assert unnoticed(device, run, kernel, Fault.SKIP_COPY_WAIT, 4) == []
+        # Before the forward pass stores its output, a block barrier has already ordered the warp.
+        redundant = [0] if kernel == "forward" else []
+        assert unnoticed(device, run, kernel, Fault.SKIP_WARP_BARRIER, 2) == redundant

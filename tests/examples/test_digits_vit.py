@@ -1,15 +1,17 @@
-"""The demo's pieces, shortened: two epochs instead of thirty."""
+"""The demo's pieces, shortened: two epochs instead of twenty-five."""
 
 from pathlib import Path
 
-import attention_figure
-import cpp_check
 import pytest
 import torch
+
+import attention_figure
+import cpp_check
 from model import VisionTransformer
+from torch_attn import replace_mha
 from training import Digits, History, train
 
-from torch_attn import replace_mha
+Trained = tuple[VisionTransformer, History]
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +19,7 @@ def digits() -> Digits:
     return Digits.load()
 
 
-def trained(digits: Digits, replace: bool) -> tuple[VisionTransformer, History]:
+def trained(digits: Digits, replace: bool) -> Trained:
     torch.manual_seed(0)
     model = VisionTransformer()
     if replace:
@@ -26,11 +28,11 @@ def trained(digits: Digits, replace: bool) -> tuple[VisionTransformer, History]:
 
 
 @pytest.fixture(scope="module")
-def ours(digits: Digits) -> tuple[VisionTransformer, History]:
+def ours(digits: Digits) -> Trained:
     return trained(digits, replace=True)
 
 
-def test_training_agrees_with_stock_attention_to_rounding(digits: Digits, ours: tuple[VisionTransformer, History]) -> None:
+def test_training_agrees_with_stock_attention_to_rounding(digits: Digits, ours: Trained) -> None:
     _, stock = trained(digits, replace=False)
     calls = torch.ops.torch_attn.kernel_calls()
     _, history = ours
@@ -48,25 +50,21 @@ def test_every_layer_uses_the_kernels(digits: Digits) -> None:
     assert torch.ops.torch_attn.kernel_calls() - calls == layers
 
 
-def test_scripted_model_gives_the_same_answers_from_cpp(
-    digits: Digits, ours: tuple[VisionTransformer, History], tmp_path: Path
-) -> None:
+def test_scripted_model_gives_the_same_answers_from_cpp(digits: Digits, ours: Trained, tmp_path: Path) -> None:
     model, _ = ours
     said = cpp_check.classify(*cpp_check.save(model, digits.test_images, tmp_path))
     count, layers = len(digits.test_images), len(model.encoder.layers)
-    assert said == (
-        f"{count} of {count} answers equal Python's ({layers} calls of torch_attn's kernels from C++)"
-    )
+    assert said == f"{count} of {count} answers equal Python's ({layers} calls of torch_attn's kernels from C++)"
 
 
-def test_attention_shares_sum_to_at_most_one(digits: Digits, ours: tuple[VisionTransformer, History]) -> None:
+def test_attention_shares_sum_to_at_most_one(digits: Digits, ours: Trained) -> None:
     weights = attention_figure.class_token_attention(ours[0], digits.test_images[:5])
     assert weights.shape == (5, 4, 16)
     assert (weights >= 0).all()
     assert (weights.sum(dim=2) <= 1 + 1e-6).all()
 
 
-def test_figure_is_written(digits: Digits, ours: tuple[VisionTransformer, History], tmp_path: Path) -> None:
+def test_figure_is_written(digits: Digits, ours: Trained, tmp_path: Path) -> None:
     file = tmp_path / "attention.png"
     attention_figure.draw(ours[0], digits.test_images, digits.test_labels, file)
     assert file.read_bytes().startswith(b"\x89PNG")

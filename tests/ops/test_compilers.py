@@ -75,7 +75,7 @@ def test_opcheck_backward(name: str) -> None:
 
 
 def test_opcheck_dropout_keep_mask() -> None:
-    torch.library.opcheck(ops.dropout_keep_mask.default, (torch.tensor([3, 0]), 2, 2, 5, 7, 0.5))
+    torch.library.opcheck(ops.dropout_keep_mask.default, (torch.tensor([3, 0, 0]), 2, 2, 5, 7, 0.5))
 
 
 @pytest.mark.parametrize("how", ["script", "trace"])

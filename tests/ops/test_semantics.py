@@ -215,7 +215,7 @@ class TestDropout:
         torch.testing.assert_close(out[keep], torch.full_like(out[keep], 1 / length / 0.7))
 
     def test_drops_the_stated_share(self) -> None:
-        state = torch.tensor([int(torch.randint(2**62, ())), 0])
+        state = torch.tensor([int(torch.randint(2**62, ())), 0, 0])
         keep = ops.dropout_keep_mask(state, 4, 4, 256, 256, 0.1)
         count, probability = keep.numel(), 0.9
         deviation = (keep.double().mean().item() - probability) / math.sqrt(probability * 0.1 / count)

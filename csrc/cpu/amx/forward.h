@@ -11,8 +11,27 @@ namespace torch_attn::cpu::TORCH_ATTN_ISA {
 // One panel is two vectors of lanes: two tiles wide, as one 2 × 2 block of tile products needs.
 constexpr int kAmxVectors = 2;
 constexpr int64_t kAmxLanes = kAmxVectors * kLanes<float>;
-constexpr int64_t kAmxRows = 256;
-constexpr int64_t kAmxKeys = 128;
+constexpr int64_t kAmxRows = 512;
+constexpr int64_t kAmxKeys = 128;  // at most, see amx_key_block
+
+// Keys per block. Measured on an Intel Xeon with AMX: 64 is 5 to 10 % faster than 128 at head_dim 64, whose tiles then
+// stay in the L1 cache, and 10 % slower at 128, where each block's addition to the output weighs more.
+TA_INLINE int64_t amx_key_block(const AttentionProblem& p) {
+  return larger(p.head_dim, p.value_dim) > 64 ? kAmxKeys : kAmxKeys / 2;
+}
+
+// exp(x) for x ≤ kMaximumSlack, with a relative error of 3e-6: for weights that are then rounded to bfloat16. A NaN
+// stays one; below the smallest normal number the result is 0. The caller subtracts first: taking log2(e) into the
+// scores' factor would save a multiplication, but lets a large maximum's rounding error through.
+TA_INLINE Vec<float> exp_for_half(Vec<float> x) {
+  constexpr float kRounder = ExpConstants<float>::kRounder;
+  const Vec<float> t = x * 1.44269504f, shifted = t + kRounder, f = t - (shifted - kRounder);
+  // 2^f, minimax on |f| ≤ 1/2.
+  const Vec<float> y =
+      (((0.00958277178404f * f + 0.0559072210405f) * f + 0.240241046684f) * f + 0.693124103426f) * f + 1.0f;
+  const Vec<float> power = (Vec<float>)((IntVec<float>)shifted << ExpConstants<float>::kMantissaBits);
+  return t < splat(-126.0f) ? splat(0.0f) : y * power;
+}
 
 // maximum[lane] is raised to include factor times the dots of keys [begin, end); factor > 0.
 TA_NOINLINE void raise_maximum(int64_t begin, int64_t end, float factor, const float* dots, float* maximum) {
@@ -21,7 +40,8 @@ TA_NOINLINE void raise_maximum(int64_t begin, int64_t end, float factor, const f
   for (int n = 0; n < 2 * kAmxVectors; ++n) highest[n] = load(dots + begin * kAmxLanes + n * kLanes<float>);
   for (int64_t j = begin + 2; j < end; j += 2) {
 #pragma GCC unroll 4
-    for (int n = 0; n < 2 * kAmxVectors; ++n) highest[n] = max(highest[n], load(dots + j * kAmxLanes + n * kLanes<float>));
+    for (int n = 0; n < 2 * kAmxVectors; ++n)
+      highest[n] = max(highest[n], load(dots + j * kAmxLanes + n * kLanes<float>));
   }
 #pragma GCC unroll 2
   for (int n = 0; n < kAmxVectors; ++n) {
@@ -30,8 +50,8 @@ TA_NOINLINE void raise_maximum(int64_t begin, int64_t end, float factor, const f
   }
 }
 
-// Scores (divided by factor) become weights, stored as the pairs of a B operand that starts at key begin; sum is brought up
-// to date. keep is null without dropout.
+// Scores (divided by factor) become weights, stored as the pairs of a B operand that starts at key begin; sum is
+// brought up to date. keep is null without dropout.
 TA_NOINLINE void softmax_pairs(int64_t begin, int64_t end, float factor, const float* scores, const float* keep,
                                const float* maximum, const float* rescale, float* sum, uint16_t* pairs) {
   using Math = VectorMath<float>;
@@ -42,8 +62,8 @@ TA_NOINLINE void softmax_pairs(int64_t begin, int64_t end, float factor, const f
     Vec<float> even_sum{}, odd_sum{};
     for (int64_t j = begin; j < end; j += 2) {
       const int64_t place = j * kAmxLanes + n * n_lanes;
-      Vec<float> even = Math::exp(load(scores + place) * factor - subtracted);
-      Vec<float> odd = Math::exp(load(scores + place + kAmxLanes) * factor - subtracted);
+      Vec<float> even = exp_for_half(load(scores + place) * factor - subtracted);
+      Vec<float> odd = exp_for_half(load(scores + place + kAmxLanes) * factor - subtracted);
       even_sum += even;
       odd_sum += odd;
       if (keep != nullptr) {
@@ -57,11 +77,17 @@ TA_NOINLINE void softmax_pairs(int64_t begin, int64_t end, float factor, const f
   }
 }
 
-// rescale[lane] = what the output so far is multiplied by. False if that is 1 everywhere.
-TA_INLINE bool rescale_factors(const float* old_maximum, const float* maximum, float* rescale) {
+// How far (as a logarithm) weights may exceed 1 before the maximum that is subtracted from the scores is moved.
+constexpr float kMaximumSlack = 8.0f;
+
+// Keeps the old maximum where the new one is hardly larger: any number near the maximum serves as well, and with it the
+// output so far stays as it is. Sets rescale[lane], what the output is multiplied by; false if that is 1 everywhere.
+TA_INLINE bool settle_maximum(const float* old_maximum, float* maximum, float* rescale) {
   bool changed = false;
   for (int n = 0; n < kAmxVectors; ++n) {
-    const Vec<float> before = load(old_maximum + n * kLanes<float>), now = load(maximum + n * kLanes<float>);
+    const Vec<float> before = load(old_maximum + n * kLanes<float>), highest = load(maximum + n * kLanes<float>);
+    const Vec<float> now = highest > before + kMaximumSlack ? highest : before;
+    store(maximum + n * kLanes<float>, now);
     store(rescale + n * kLanes<float>, OnlineSoftmax<VectorMath<float>>::rescale(before, now));
     changed = changed || _mm512_cmp_ps_mask(before, now, _CMP_NEQ_UQ) != 0;
   }
@@ -93,11 +119,11 @@ struct AmxForward {
 
   struct Block {
     int64_t batch, head, row, rows, lanes;
-    uint16_t* query;                              // B operands: [lane offset · head_dim][head_dim / 2][lane][2]
-    float* out;                                   // [lane offset · value_dim][value_dim][lane]
+    uint16_t* query;                               // B operands: [lane offset · head_dim][head_dim / 2][lane][2]
+    float* out;                                    // [lane offset · value_dim][value_dim][lane]
     float *maximum, *old_maximum, *sum, *rescale;  // [lane]
-    float *scores, *keep, *bias, *staging;        // one tile: [key][lane]
-    uint16_t* weights;                            // a B operand
+    float *scores, *keep, *bias, *staging;         // one tile: [key][lane]
+    uint16_t* weights;                             // a B operand
   };
 
   // A block of keys as A operands: keys by rows, values transposed.
@@ -138,8 +164,9 @@ struct AmxForward {
     load_query(block, scratch);
     start(block);
     const KeyRange range = stage.band.keys_of_any(block.row, block.row + block.rows);
-    for (int64_t key = range.begin; key < range.end; key += kAmxKeys) {
-      const int64_t keys = smaller(kAmxKeys, range.end - key), all_keys = round_up(keys, kTileDepth);
+    const int64_t key_block_size = amx_key_block(p);
+    for (int64_t key = range.begin; key < range.end; key += key_block_size) {
+      const int64_t keys = smaller(key_block_size, range.end - key), all_keys = round_up(keys, kTileDepth);
       BiasTile<float> bias;
       if (stage.mask_is_per_key()) {
         if (!load_bias_per_key(stage, key, keys, block.bias)) continue;
@@ -151,15 +178,16 @@ struct AmxForward {
           half_rows(p.value, block.batch, kv_head, key, keys, p.value_dim, all_keys, packed_values, value_scratch);
       transpose_rows(values, value_rows, all_keys, packed_values, value_pairs);
       const KeyBlock key_block{key, keys, all_keys, key_rows, values};
-      for (int64_t offset = 0; offset < block.lanes; offset += kAmxLanes) add_keys(block, offset, stage, bias, key_block);
+      for (int64_t offset = 0; offset < block.lanes; offset += kAmxLanes)
+        add_keys(block, offset, stage, bias, key_block);
     }
     finish(block, scratch);
   }
 
   void load_query(const Block& block, Scratch& scratch) const {
     auto* memory = scratch.take<uint16_t>(block.rows * head_dim);
-    const HalfRows rows = half_rows(p.query, block.batch, block.head, block.row, block.rows, p.head_dim, block.rows,
-                                    head_dim, memory);
+    const HalfRows rows =
+        half_rows(p.query, block.batch, block.head, block.row, block.rows, p.head_dim, block.rows, head_dim, memory);
     for (int64_t offset = 0; offset < block.lanes; offset += kAmxLanes) {
       pack_pairs(block.query + offset * head_dim, kAmxLanes, {rows.data + offset * rows.stride, rows.stride},
                  block.rows - offset, head_dim);
@@ -169,7 +197,7 @@ struct AmxForward {
   void start(const Block& block) const {
     const float lowest = -__builtin_inff();
     float sink = lowest;
-    if (p.sinks.defined()) sink = static_cast<const float*>(p.sinks.data)[block.head * p.sinks.stride[1]];
+    if (p.sinks.defined()) sink = head_number<float>(p.sinks, block.batch, block.head);
     fill<float>(block.maximum, sink, block.lanes);
     fill<float>(block.sum, sink == lowest ? 0 : 1, block.lanes);
     fill<float>(block.out, 0, block.lanes * value_dim);
@@ -193,7 +221,8 @@ struct AmxForward {
     tile_product<false>(count / kTileSide, kAmxVectors, head_dim / kTileDepth, key_operand, query_operand,
                         block.scores + span.begin * kAmxLanes, kAmxLanes);
 
-    float *maximum = block.maximum + offset, *old_maximum = block.old_maximum + offset, *rescale = block.rescale + offset;
+    float *maximum = block.maximum + offset, *old_maximum = block.old_maximum + offset,
+          *rescale = block.rescale + offset;
     __builtin_memcpy(old_maximum, maximum, kAmxLanes * sizeof(float));
     float factor = stage.dot_factor();
     if (stage.changes_elements() || span.has_edges() || !(factor > 0)) {
@@ -203,10 +232,10 @@ struct AmxForward {
     } else {
       raise_maximum(span.begin, span.end, factor, block.scores, maximum);
     }
-    const bool rescaled = rescale_factors(old_maximum, maximum, rescale);
+    const bool rescaled = settle_maximum(old_maximum, maximum, rescale);
     if (p.dropout_p > 0) {
       dropout_tile<float, kAmxVectors>(dropout, static_cast<float>(Dropout::keep_scale(p.dropout_p)),
-                                       block.batch * p.heads + block.head, row, keys.key + span.begin, count,
+                                       p.dropout_batch_head(block.batch, block.head), row, keys.key + span.begin, count,
                                        block.keep + span.begin * kAmxLanes);
     }
     softmax_pairs(span.begin, span.end, factor, block.scores, block.keep, maximum, rescale, block.sum + offset,
@@ -219,7 +248,8 @@ struct AmxForward {
     }
     const TileOperand value_operand{keys.values + span.begin, keys.all_keys * 2, kTileDepth * 2};
     const TileOperand weight_operand{block.weights, kAmxLanes * 4, kTileDepth / 2 * kAmxLanes * 4};
-    tile_product<true>(value_dim / kTileSide, kAmxVectors, count / kTileDepth, value_operand, weight_operand, out, kAmxLanes);
+    tile_product<true>(value_dim / kTileSide, kAmxVectors, count / kTileDepth, value_operand, weight_operand, out,
+                       kAmxLanes);
   }
 
   void finish(const Block& block, Scratch& scratch) const {

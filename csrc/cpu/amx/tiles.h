@@ -1,8 +1,9 @@
 // Matrix products of bfloat16 on AMX's tile registers, and the layouts that they read. Included by amx/forward.h and
 // amx/walk.h, compiled in instantiate/amx.cpp only.
 //
-// A tile product adds A (16 × 32) times B (32 × 16) to C (16 × 16, float). A lies in memory by rows. B lies in pairs: two
-// consecutive rows interleaved, so that each 32-bit element holds two neighbours along the summed dimension. C lies by rows.
+// A tile product adds A (16 × 32) times B (32 × 16) to C (16 × 16, float). A lies in memory by rows. B lies in pairs:
+// two consecutive rows interleaved, so that each 32-bit element holds two neighbours along the summed dimension. C lies
+// by rows.
 #pragma once
 
 #include "../convert.h"
@@ -23,6 +24,7 @@ class TileSession {
       uint8_t rows[16] = {};
     } config;
     for (int i = 0; i < 8; ++i) config.row_bytes[i] = 64, config.rows[i] = 16;
+    asm volatile("" ::: "memory");  // GCC 12 does not know how much of it the instruction reads
     _tile_loadconfig(&config);
   }
   ~TileSession() { _tile_release(); }
@@ -109,8 +111,8 @@ struct HalfRows {
   int64_t stride;
 };
 
-// Rows [row, row + rows) of one head as all_rows × all_columns bfloat16, padded with zeros: in place where nothing needs
-// padding and rows can be read as pairs, else copied into scratch (all_rows × all_columns).
+// Rows [row, row + rows) of one head as all_rows × all_columns bfloat16, padded with zeros: in place where nothing
+// needs padding and rows can be read as pairs, else copied into scratch (all_rows × all_columns).
 TA_INLINE HalfRows half_rows(const TensorView& view, int64_t batch, int64_t head, int64_t row, int64_t rows,
                              int64_t columns, int64_t all_rows, int64_t all_columns, uint16_t* scratch) {
   const auto* first = reinterpret_cast<const uint16_t*>(element(view, batch, head, row));
@@ -148,15 +150,16 @@ TA_NOINLINE void pair_rows(uint16_t* out, HalfRows in, int64_t rows, int64_t col
   }
 }
 
-// out[column][row] = in[row][column] as bfloat16, for rows and columns that are multiples of 32: an A operand whose sum runs
-// over the rows. pairs holds rows × columns.
+// out[column][row] = in[row][column] as bfloat16, for rows and columns that are multiples of 32: an A operand whose sum
+// runs over the rows. pairs holds rows × columns.
 TA_INLINE void transpose_rows(uint16_t* out, HalfRows in, int64_t rows, int64_t columns, uint16_t* pairs) {
   pair_rows(pairs, in, rows, columns);
-  pack_panel(reinterpret_cast<float*>(out), rows / 2, reinterpret_cast<const float*>(pairs), columns, rows / 2, columns);
+  pack_panel(reinterpret_cast<float*>(out), rows / 2, reinterpret_cast<const float*>(pairs), columns, rows / 2,
+             columns);
 }
 
-// Rows as lanes: out[column / 2][lane][column % 2] for `lanes` lanes, those from rows on zero. A B operand whose sum runs
-// over the columns.
+// Rows as lanes: out[column / 2][lane][column % 2] for `lanes` lanes, those from rows on zero. A B operand whose sum
+// runs over the columns.
 TA_INLINE void pack_pairs(uint16_t* out, int64_t lanes, HalfRows in, int64_t rows, int64_t columns) {
   pack_panel(reinterpret_cast<float*>(out), lanes, reinterpret_cast<const float*>(in.data), in.stride / 2, rows,
              columns / 2);

@@ -1,5 +1,5 @@
-// The backward pass for bfloat16 on AMX: what ../backward_walk.h does, with all five products on tile registers. Weights
-// and score gradients are rounded to bfloat16 for the products that read them. Included by instantiate/amx.cpp.
+// The backward pass for bfloat16 on AMX: what ../backward_walk.h does, with all five products on tile registers.
+// Weights and score gradients are rounded to bfloat16 for the products that read them. Included by instantiate/amx.cpp.
 #pragma once
 
 #include "../backward.h"
@@ -12,10 +12,10 @@ constexpr int64_t kAmxBackwardRows = 256;
 // The query side: what ../row_block.h holds, in bfloat16.
 struct AmxRowBlock {
   int64_t batch, head, row, rows, lanes;
-  int64_t head_dim, value_dim;     // padded to whole tile depths
-  uint16_t *query, *grad_out;      // B operands for the dots: [lane offset · dim][dim / 2][lane][2]
-  uint16_t *query_pairs, *grad_pairs;  // B operands for the sums over rows: [row / 2][column][2]
-  float *logsumexp, *delta;        // [lane]
+  int64_t head_dim, value_dim;          // padded to whole tile depths
+  uint16_t *query, *grad_out;           // B operands for the dots: [lane offset · dim][dim / 2][lane][2]
+  uint16_t *query_pairs, *grad_pairs;   // B operands for the sums over rows: [row / 2][column][2]
+  float *logsumexp, *delta;             // [lane]
   const float* weight_scale = nullptr;  // calls with a large logsumexp do not come here
 
   AmxRowBlock(const AttentionProblem& p, int64_t max_rows, Scratch& scratch)
@@ -49,7 +49,8 @@ struct AmxRowBlock {
   void pack(const TensorView& view, int64_t columns, int64_t all_columns, uint16_t* panels, uint16_t* pairs) {
     const HalfRows in = half_rows(view, batch, head, row, rows, columns, lanes, all_columns, row_memory_);
     for (int64_t offset = 0; offset < lanes; offset += kAmxLanes) {
-      pack_pairs(panels + offset * all_columns, kAmxLanes, {in.data + offset * in.stride, in.stride}, kAmxLanes, all_columns);
+      pack_pairs(panels + offset * all_columns, kAmxLanes, {in.data + offset * in.stride, in.stride}, kAmxLanes,
+                 all_columns);
     }
     pair_rows(pairs, in, lanes, all_columns);
   }
@@ -58,8 +59,8 @@ struct AmxRowBlock {
   float *grad_memory_, *out_memory_;
 };
 
-// The weights after dropout and the score gradients of keys [begin, end), as float, become A operands (by rows), and the
-// gradients also a B operand, whose pairs start at key begin.
+// The weights after dropout and the score gradients of keys [begin, end), as float, become A operands (by rows), and
+// the gradients also a B operand, whose pairs start at key begin.
 TA_NOINLINE void halve_tiles(int64_t begin, int64_t end, const float* weights, const float* gradients,
                              uint16_t* half_weights, uint16_t* half_gradients, uint16_t* gradient_pairs) {
   constexpr int n_lanes = kLanes<float>;
@@ -77,9 +78,37 @@ TA_NOINLINE void halve_tiles(int64_t begin, int64_t end, const float* weights, c
   }
 }
 
+// weights_and_gradients<…, kPlain = true> and halve_tiles in one pass: without options nothing else needs the float
+// tiles.
+TA_NOINLINE void plain_half_tiles(int64_t begin, int64_t end, float score_factor, const float* scores,
+                                  const float* value_dots, const float* logsumexp, const float* delta, float factor,
+                                  uint16_t* half_weights, uint16_t* half_gradients, uint16_t* gradient_pairs) {
+  constexpr int n_lanes = kLanes<float>;
+  const Vec<float> row_logsumexp[2] = {load(logsumexp), load(logsumexp + n_lanes)};
+  const Vec<float> row_delta[2] = {load(delta), load(delta + n_lanes)};
+  for (int64_t j = begin; j < end; j += 2) {
+    Vec<float> weight[2][2], gradient[2][2];  // [key][vector]
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+#pragma GCC unroll 2
+      for (int n = 0; n < 2; ++n) {
+        const int64_t place = (j + i) * kAmxLanes + n * n_lanes;
+        weight[i][n] = exp_for_half(load(scores + place) * score_factor - row_logsumexp[n]);
+        gradient[i][n] = weight[i][n] * (load(value_dots + place) - row_delta[n]) * factor;
+      }
+      store_halves(half_weights + (j + i) * kAmxLanes, weight[i][0], weight[i][1]);
+      store_halves(half_gradients + (j + i) * kAmxLanes, gradient[i][0], gradient[i][1]);
+    }
+    uint16_t* pairs = gradient_pairs + (j - begin) * kAmxLanes;
+    store_pairs(pairs, gradient[0][0], gradient[1][0]);
+    store_pairs(pairs + 2 * n_lanes, gradient[0][1], gradient[1][1]);
+  }
+}
+
 struct AmxWalk {
   using Real = float;
   using Block = AmxRowBlock;
+  using Tensors = BackwardTensors;
   using Wanted = GradientTile<float>::Wanted;
   static constexpr int64_t kColumns = kTileSide;
   static constexpr int64_t kExtraKeys = kTileDepth;
@@ -97,9 +126,9 @@ struct AmxWalk {
   float *key_sums, *value_sums;
   TileSession session;
   GradientTile<float> tile;
-  float *scores, *gradients;                 // one tile: [key][lane]
-  uint16_t *half_weights, *half_gradients;   // A operands: [panel][key][lane]
-  uint16_t* gradient_pairs;                  // a B operand
+  float *scores, *gradients;                // one tile: [key][lane]
+  uint16_t *half_weights, *half_gradients;  // A operands: [panel][key][lane]
+  uint16_t* gradient_pairs;                 // a B operand
   float *grad_query, *grad_query_rows, *ones;
   uint16_t *key_scratch, *value_scratch, *key_pairs, *keys_transposed;
 
@@ -143,10 +172,12 @@ struct AmxWalk {
     if (plan.needs_query) fill<float>(grad_query, 0, block.lanes * query_columns);
     float slope_gradient = 0;
     const KeyRange range = stage.band.keys_of_any(block.row, block.row + block.rows);
-    for (int64_t key = range.begin; key < range.end; key += kAmxKeys) {
-      KeyBlock keys{key, smaller(kAmxKeys, range.end - key), 0, {}, {}};
+    const int64_t key_block_size = amx_key_block(p);
+    for (int64_t key = range.begin; key < range.end; key += key_block_size) {
+      KeyBlock keys{key, smaller(key_block_size, range.end - key), 0, {}, {}};
       keys.all_keys = round_up(keys.keys, kTileDepth);
-      keys.key_rows = half_rows(p.key, batch, kv_head, key, keys.keys, p.head_dim, keys.all_keys, head_dim, key_scratch);
+      keys.key_rows =
+          half_rows(p.key, batch, kv_head, key, keys.keys, p.head_dim, keys.all_keys, head_dim, key_scratch);
       keys.value_rows =
           half_rows(p.value, batch, kv_head, key, keys.keys, p.value_dim, keys.all_keys, value_dim, value_scratch);
       if (plan.needs_query) transpose_rows(keys_transposed, keys.key_rows, keys.all_keys, head_dim, key_pairs);
@@ -182,15 +213,20 @@ struct AmxWalk {
     dots(keys.key_rows, block.query + offset * head_dim, head_dim, span, scores);
     float factor = stage.dot_factor();
     if (stage.changes_elements() || span.has_edges()) {
-      modify_scores<float, kAmxVectors>(stage, bias, span.has_edges(), row, keys.key, span.begin, span.end, factor, scores,
-                                        tile.scratch.derivative, nullptr);
+      modify_scores<float, kAmxVectors>(stage, bias, span.has_edges(), row, keys.key, span.begin, span.end, factor,
+                                        scores, tile.scratch.derivative, nullptr);
       factor = 1;
     }
     if (plan.needs_scores) dots(keys.value_rows, block.grad_out + offset * value_dim, value_dim, span, gradients);
-    tile.finish<kAmxVectors>(block, stage, offset, keys.key, span, factor,
-                             plan.needs_scores ? Wanted::kDotGradients : Wanted::kWeightsOnly, scores, gradients,
-                             plan.needs_slopes ? &slope_gradient : nullptr);
-    halve_tiles(span.begin, span.end, scores, gradients, panel_weights, panel_gradients, gradient_pairs);
+    if (plan.needs_scores && !plan.needs_slopes && !stage.softcap && p.dropout_p == 0) {
+      plain_half_tiles(span.begin, span.end, factor, scores, gradients, block.logsumexp + offset, block.delta + offset,
+                       stage.mod.scale, panel_weights, panel_gradients, gradient_pairs);
+    } else {
+      tile.finish<kAmxVectors>(block, stage, offset, keys.key, span, factor,
+                               plan.needs_scores ? Wanted::kDotGradients : Wanted::kWeightsOnly, scores, gradients,
+                               plan.needs_slopes ? &slope_gradient : nullptr);
+      halve_tiles(span.begin, span.end, scores, gradients, panel_weights, panel_gradients, gradient_pairs);
+    }
     if (plan.needs_query) {
       const TileOperand key_operand{keys_transposed + span.begin, keys.all_keys * 2, kTileDepth * 2};
       const TileOperand gradient_operand{gradient_pairs, kAmxLanes * 4, kTileDepth / 2 * kAmxLanes * 4};
@@ -208,7 +244,8 @@ struct AmxWalk {
                         out + span.begin * kAmxLanes, kAmxLanes);
   }
 
-  // sums[key][column] += Σ_row tiles[key][row] · rows[row][column], for each group of keys over the panels that attend it.
+  // sums[key][column] += Σ_row tiles[key][row] · rows[row][column], for each group of keys over the panels that attend
+  // it.
   void sum_over_rows(const AmxRowBlock& block, const KeySpan* spans, const KeyBlock& keys, const uint16_t* tiles,
                      const uint16_t* row_pairs, int64_t row_columns, int64_t columns, float* sums) const {
     for (int64_t key = 0; key < keys.all_keys; key += kTileDepth) {
@@ -228,8 +265,8 @@ struct AmxWalk {
 
   void store_grad_query(const AmxRowBlock& block) {
     for (int64_t offset = 0; offset < block.lanes; offset += kAmxLanes) {
-      store_panel(t.grad_query, batch, block.head, block.row + offset, smaller(kAmxLanes, block.rows - offset), p.head_dim,
-                  grad_query + offset * query_columns, kAmxLanes, ones, grad_query_rows);
+      store_panel(t.grad_query, batch, block.head, block.row + offset, smaller(kAmxLanes, block.rows - offset),
+                  p.head_dim, grad_query + offset * query_columns, kAmxLanes, ones, grad_query_rows);
     }
   }
 };

@@ -29,12 +29,22 @@ static bool has_large_logsumexp(const AttentionProblem& p, const BackwardTensors
 
 static void backward(const AttentionProblem& p, const BackwardTensors& t, const Parallel& parallel) {
   if (!suits_amx(p) || has_large_logsumexp(p, t)) return kAvx512Kernels.backward(p, t, parallel);
-  if (t.grad_attn_mask.defined()) mask_gradient<float>(p, t, parallel);
+  if (t.grad_attn_mask.defined()) mask_gradient<BackwardScores<float>>(p, t, parallel);
   backward_with<AmxWalk>(p, t, parallel);
+}
+
+static void tangent_forward(const AttentionProblem& p, const Tangents& tangents, const TangentForwardOutputs& outputs,
+                            const Parallel& parallel) {
+  kAvx512Kernels.tangent_forward(p, tangents, outputs, parallel);
+}
+
+static void tangent_backward(const AttentionProblem& p, const Tangents& tangents, const TangentBackwardTensors& t,
+                             const Parallel& parallel) {
+  kAvx512Kernels.tangent_backward(p, tangents, t, parallel);
 }
 
 }  // namespace amx
 
-const KernelTable kAmxKernels = {amx::forward, amx::backward};
+const KernelTable kAmxKernels = {amx::forward, amx::backward, amx::tangent_forward, amx::tangent_backward};
 
 }  // namespace torch_attn::cpu

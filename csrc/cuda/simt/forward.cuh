@@ -30,8 +30,7 @@ __global__ void __launch_bounds__(kThreads)
   const Rows<T> value(p.value, batch, kv_head, p.key_length, p.value_dim);
 
   // A sink is a score seen before the first key, which adds to the sum and not to the output.
-  const Real sink = p.sinks.defined() ? static_cast<const Real*>(p.sinks.data)[head * p.sinks.stride[1]]
-                                      : Math<Real>::negative_infinity();
+  const Real sink = p.sinks.defined() ? per_head<Real>(p.sinks, batch, head) : Math<Real>::negative_infinity();
   Real maximum[kPerThread], sum[kPerThread], result[kPerThread][kColumns / kSide] = {};
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {

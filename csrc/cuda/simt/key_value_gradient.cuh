@@ -1,6 +1,6 @@
-// grad_key and grad_value: one block per 64 keys of a key/value head and kColumns columns of the gradients. It goes through
-// the query rows of all query heads that read the head, so nothing is added by atomics. Tiles are transposed: a thread's
-// rows are keys, and x runs over queries.
+// grad_key and grad_value: one block per 64 keys of a key/value head and kColumns columns of the gradients. It goes
+// through the query rows of all query heads that read the head, so nothing is added by atomics. Tiles are transposed: a
+// thread's rows are keys, and x runs over queries.
 #pragma once
 
 #include "../row_statistics.cuh"
@@ -44,11 +44,12 @@ __global__ void __launch_bounds__(kThreads)
       multiply_transposed(dot, shared, key, first, query, row);
       if (want_key) multiply_transposed(grad_weight, shared, value, first, grad_out, row);
       const bool tested = !score.unmasked(row, row_end, first, first + kTile);
+      const BackwardRows<Real> rows(p, t, statistics, score.batch_head, row);
 #pragma unroll
       for (int j = 0; j < kPerThread; ++j) {
         const int64_t r = row + thread_x() + kSide * j;
-        const BackwardRow<Real> stats = BackwardRow<Real>::load(p, t, statistics, score.batch_head, r);
-        const uint32_t kept = score.dropout_on ? kept_keys(score.dropout, score.batch_head, r,
+        const BackwardRow<Real> stats = rows[thread_x() + kSide * j];
+        const uint32_t kept = score.dropout_on ? kept_keys(score.dropout, score.dropout_head, r,
                                                            first / Dropout::kKeysPerCall + thread_y())
                                                : ~0u;
 #pragma unroll
@@ -90,8 +91,7 @@ void key_value_gradient(const AttentionProblem& p, const BackwardTensors& t, voi
   const int64_t chunks = widest > 0 ? (widest + kColumns - 1) / kColumns : 1;
   const int64_t tiles = (p.key_length + kTile - 1) / kTile;
   launch(key_value_gradient_kernel<T, kColumns>, p.batch * p.kv_heads * tiles * chunks, kThreads,
-         sizeof(Shared<Accumulator<T>, kColumns>), stream, p, t,
-         RowStatistics<Accumulator<T>>(p, workspace));
+         sizeof(Shared<Accumulator<T>, kColumns>), stream, p, t, RowStatistics<Accumulator<T>>(p, workspace));
 }
 
 }  // namespace torch_attn::cuda::simt

@@ -1,6 +1,6 @@
-// grad_attn_mask, in the mask's own broadcast shape: one block per 64 x 64 tile of it. The block goes through everything
-// that the mask was broadcast over (batches, heads, rows, keys) and sums in a fixed order, so the gradient is deterministic.
-// Every tier uses this kernel.
+// grad_attn_mask, in the mask's own broadcast shape: one block per 64 x 64 tile of it. The block goes through
+// everything that the mask was broadcast over (batches, heads, rows, keys) and sums in a fixed order, so the gradient
+// is deterministic. Every tier uses this kernel.
 #pragma once
 
 #include "../row_statistics.cuh"
@@ -47,6 +47,7 @@ __global__ void __launch_bounds__(kThreads)
       const Rows<T> grad_out(t.grad_out, batch, head, p.query_length, p.value_dim);
       for (int64_t row = rows.begin; row < rows.end; row += kTile) {
         const int64_t row_end = row + kTile < p.query_length ? row + kTile : p.query_length;
+        const BackwardRows<Real> tile_rows(p, t, statistics, score.batch_head, row);
         const KeyRange attended = score.band.keys_of_any(row, row_end);
         for (int64_t first = keys.begin; first < keys.end; first += kTile) {
           if (first >= attended.end || first + kTile <= attended.begin) continue;
@@ -56,7 +57,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
           for (int i = 0; i < kPerThread; ++i) {
             const int64_t r = row + thread_y() * kPerThread + i;
-            const BackwardRow<Real> stats = BackwardRow<Real>::load(p, t, statistics, score.batch_head, r);
+            const BackwardRow<Real> stats = tile_rows[thread_y() * kPerThread + i];
             const uint32_t kept = score.dropout_on ? kept_of_row(score, r, first) : ~0u;
 #pragma unroll
             for (int j = 0; j < kPerThread; ++j) {
@@ -102,8 +103,8 @@ void mask_gradient(const AttentionProblem& p, const BackwardTensors& t, void* wo
   const auto parts = [&](int dimension, int64_t size, int64_t tile) {
     return t.grad_attn_mask.stride[dimension] == 0 ? 1 : (size + tile - 1) / tile;
   };
-  const int64_t blocks = parts(0, p.batch, 1) * parts(1, p.heads, 1) * parts(2, p.query_length, kTile) *
-                         parts(3, p.key_length, kTile);
+  const int64_t blocks =
+      parts(0, p.batch, 1) * parts(1, p.heads, 1) * parts(2, p.query_length, kTile) * parts(3, p.key_length, kTile);
   launch(mask_gradient_kernel<T>, blocks, kThreads, sizeof(Shared<Accumulator<T>, kTile>), stream, p, t,
          RowStatistics<Accumulator<T>>(p, workspace));
 }

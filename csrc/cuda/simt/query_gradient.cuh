@@ -1,4 +1,5 @@
-// grad_query, and each row's part of grad_alibi_slopes: one block per 64 query rows and kColumns columns of the gradient.
+// grad_query, and each row's part of grad_alibi_slopes: one block per 64 query rows and kColumns columns of the
+// gradient.
 #pragma once
 
 #include "../row_statistics.cuh"
@@ -30,11 +31,11 @@ __global__ void __launch_bounds__(kThreads)
   const Rows<T> value(p.value, batch, kv_head, p.key_length, p.value_dim);
   const Rows<T> grad_out(t.grad_out, batch, head, p.query_length, p.value_dim);
 
+  const BackwardRows<Real> tile_rows(p, t, statistics, score.batch_head, row);
   BackwardRow<Real> rows[kPerThread];
   Real grad_slope[kPerThread] = {}, result[kPerThread][kColumns / kSide] = {};
 #pragma unroll
-  for (int i = 0; i < kPerThread; ++i)
-    rows[i] = BackwardRow<Real>::load(p, t, statistics, score.batch_head, row + thread_y() * kPerThread + i);
+  for (int i = 0; i < kPerThread; ++i) rows[i] = tile_rows[thread_y() * kPerThread + i];
 
   const KeyRange range = score.band.keys_of_any(row, row_end);
   for (int64_t first = range.begin / kTile * kTile; first < range.end; first += kTile) {
@@ -78,8 +79,7 @@ void query_gradient(const AttentionProblem& p, const BackwardTensors& t, void* w
   const int64_t chunks = p.head_dim > 0 ? (p.head_dim + kColumns - 1) / kColumns : 1;
   const int64_t tiles = (p.query_length + kTile - 1) / kTile;
   launch(query_gradient_kernel<T, kColumns>, p.batch * p.heads * tiles * chunks, kThreads,
-         sizeof(Shared<Accumulator<T>, kColumns>), stream, p, t,
-         RowStatistics<Accumulator<T>>(p, workspace));
+         sizeof(Shared<Accumulator<T>, kColumns>), stream, p, t, RowStatistics<Accumulator<T>>(p, workspace));
 }
 
 }  // namespace torch_attn::cuda::simt

@@ -41,8 +41,7 @@ void run_query_gradient(const AttentionProblem& p, const BackwardTensors& t, voi
 }
 void run_key_value_gradient(const AttentionProblem& p, const BackwardTensors& t, void* workspace,
                             const Stream& stream) {
-  variant_for(p.dtype, p.head_dim > p.value_dim ? p.head_dim : p.value_dim)
-      .key_value_gradient(p, t, workspace, stream);
+  variant_for(p.dtype, p.head_dim > p.value_dim ? p.head_dim : p.value_dim).key_value_gradient(p, t, workspace, stream);
 }
 
 }  // namespace

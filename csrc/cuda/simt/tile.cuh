@@ -1,9 +1,9 @@
 // The two matrix products that attention is made of, on 64 x 64 tiles of scores, for any type and any head dimension.
 //
-// A block of 16 x 16 threads owns a tile. Thread (y, x) holds the rows 4y … 4y + 3 and the keys x, x + 16, x + 32, x + 48:
+// A block of 16 x 16 threads owns a tile. Thread (y, x) holds rows 4y to 4y + 3 and keys x, x + 16, x + 32 and x + 48:
 // rows next to each other share a Philox call where rows are keys, and keys 16 apart keep shared memory free of bank
-// conflicts. Operands pass through shared memory in the accumulator's type, in stages a few columns deep, so that neither
-// the head dimension nor the type limits what fits.
+// conflicts. Operands pass through shared memory in the accumulator's type, in stages a few columns deep, so that
+// neither the head dimension nor the type limits what fits.
 #pragma once
 
 #include "../head_score.cuh"
@@ -91,10 +91,10 @@ TA_DEVICE void load_block(Real* block, int pitch, const Rows<T>& rows, int64_t r
 template <class Real, int kColumns>
 struct Shared {
   static constexpr int kWidth = Vector<Real>::kWidth;
-  static constexpr int kDepth = 128 / sizeof(Real);       // columns of a stage of multiply_transposed
-  static constexpr int kStagePitch = kDepth + kWidth;     // an odd number of vectors: no bank conflicts
+  static constexpr int kDepth = 128 / sizeof(Real);    // columns of a stage of multiply_transposed
+  static constexpr int kStagePitch = kDepth + kWidth;  // an odd number of vectors: no bank conflicts
   static constexpr int kWeightPitch = kTile + kWidth;
-  static constexpr int kStageRows = 32;                   // rows of a stage of multiply
+  static constexpr int kStageRows = 32;  // rows of a stage of multiply
   static constexpr int kStageSize = 2 * kTile * kStagePitch;
   static_assert(kStageRows * kColumns <= kStageSize, "the second product's stage must fit where the first one's were");
 
@@ -107,18 +107,18 @@ TA_DEVICE int thread_y() { return static_cast<int>(threadIdx.x) / kSide; }
 
 // sum[i][j] += (row a_row + 4y + i of a) · (row b_row + x + 16j of b).
 template <class T, class Real, int kColumns>
-TA_DEVICE void multiply_transposed(Real (&sum)[kPerThread][kPerThread], Shared<Real, kColumns>& shared, const Rows<T>& a,
-                                   int64_t a_row, const Rows<T>& b, int64_t b_row) {
+TA_DEVICE void multiply_transposed(Real (&sum)[kPerThread][kPerThread], Shared<Real, kColumns>& shared,
+                                   const Rows<T>& a, int64_t a_row, const Rows<T>& b, int64_t b_row) {
   using S = Shared<Real, kColumns>;
   Real* const a_stage = shared.stage;
   Real* const b_stage = shared.stage + kTile * S::kStagePitch;
   int column = 0;
-  do {  // once even for a head dimension of 0: callers rely on the barriers
+  do {                // once even for a head dimension of 0: callers rely on the barriers
     __syncthreads();  // whoever used the stages or the weights before is done
     load_block<kTile, S::kDepth>(a_stage, S::kStagePitch, a, a_row, column);
     load_block<kTile, S::kDepth>(b_stage, S::kStagePitch, b, b_row, column);
     __syncthreads();
-#pragma unroll 2
+#pragma unroll 1
     for (int k = 0; k < S::kDepth; k += S::kWidth) {
       Vector<Real> u[kPerThread], v[kPerThread];
 #pragma unroll
@@ -144,8 +144,8 @@ TA_DEVICE int column_of(int c) {
   return thread_x() * kWidth + c / kWidth * kSide * kWidth + c % kWidth;
 }
 
-// sum[i][c] += (row 4y + i of shared.weights) · (column `column` + column_of(c) of b's 64 rows from b_row on). The weights
-// may have been written just before, without a barrier.
+// sum[i][c] += (row 4y + i of shared.weights) · (column `column` + column_of(c) of b's 64 rows from b_row on). The
+// weights may have been written just before, without a barrier.
 template <class T, class Real, int kColumns>
 TA_DEVICE void multiply(Real (&sum)[kPerThread][kColumns / kSide], Shared<Real, kColumns>& shared, const Rows<T>& b,
                         int64_t b_row, int column) {
@@ -154,7 +154,7 @@ TA_DEVICE void multiply(Real (&sum)[kPerThread][kColumns / kSide], Shared<Real, 
     __syncthreads();
     load_block<S::kStageRows, kColumns>(shared.stage, kColumns, b, b_row + part, column);
     __syncthreads();
-#pragma unroll 2
+#pragma unroll 1
     for (int k = 0; k < S::kStageRows; k += S::kWidth) {
       Vector<Real> w[kPerThread];
 #pragma unroll
@@ -191,13 +191,14 @@ TA_DEVICE Real row_max(Real x) {
   return x;
 }
 
-// Dropout bits of this thread's keys x + 16j (bit j) in one row, in a tile that starts at `key`. Four neighbours need four
-// Philox calls between them: each makes one and they exchange the results.
+// Dropout bits of this thread's keys x + 16j (bit j) in one row, in a tile that starts at `key`. Four neighbours need
+// four Philox calls between them: each makes one and they exchange the results.
 template <class Real>
 TA_DEVICE uint32_t kept_of_row(const HeadScore<Real>& head, int64_t row, int64_t key) {
   constexpr int kGroup = Dropout::kKeysPerCall;
   const int x = thread_x(), place = x % kGroup;
-  const uint32_t mine = kept_keys(head.dropout, head.batch_head, row, key / kGroup + x / kGroup + place * (kSide / kGroup));
+  const uint32_t mine =
+      kept_keys(head.dropout, head.dropout_head, row, key / kGroup + x / kGroup + place * (kSide / kGroup));
   uint32_t bits = 0;
 #pragma unroll
   for (int j = 0; j < kPerThread; ++j) {
@@ -209,8 +210,9 @@ TA_DEVICE uint32_t kept_of_row(const HeadScore<Real>& head, int64_t row, int64_t
 
 // Writes this thread's part of a 64 x kColumns result, times `factor`.
 template <class T, class Real, int kAccumulators>
-TA_DEVICE void store_rows(const TensorView& view, int64_t batch, int64_t head, int64_t row, int64_t row_count, int column,
-                          int64_t column_count, const Real (&sum)[kPerThread][kAccumulators], const Real (&factor)[kPerThread]) {
+TA_DEVICE void store_rows(const TensorView& view, int64_t batch, int64_t head, int64_t row, int64_t row_count,
+                          int column, int64_t column_count, const Real (&sum)[kPerThread][kAccumulators],
+                          const Real (&factor)[kPerThread]) {
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
     const int64_t r = row + thread_y() * kPerThread + i;

@@ -1,5 +1,5 @@
-// The portable tier's kernels: which instances exist. One list, read by the files that instantiate them (instantiate/), by
-// dispatch.cpp and, through it, by the tests.
+// The portable tier's kernels: which instances exist. One list, read by the files that instantiate them (instantiate/),
+// by dispatch.cpp and, through it, by the tests.
 #pragma once
 
 #include "../kernels.h"
@@ -7,8 +7,8 @@
 
 namespace torch_attn::cuda::simt {
 
-// kColumns: how many columns of an output a block computes, 64 or 128. A wider output takes several blocks, each of which
-// computes the scores again.
+// kColumns: how many columns of an output a block computes, 64 or 128. A wider output takes several blocks, each of
+// which computes the scores again.
 template <class T, int kColumns>
 void forward(const AttentionProblem&, const ForwardOutputs&, const Stream&);
 template <class T, int kColumns>

@@ -1,5 +1,5 @@
-// The forward pass on tensor cores (Dao 2023, "FlashAttention-2", algorithm 1): one block per 64 · kM query rows. Keys and
-// values stream through two buffers each; while one is used, cp.async fills the other.
+// The forward pass on tensor cores (Dao 2023, "FlashAttention-2", algorithm 1): one block per 64 · kM query rows. Keys
+// and values stream through two buffers each; while one is used, cp.async fills the other.
 #pragma once
 
 #include "../launch.h"
@@ -7,18 +7,18 @@
 
 namespace torch_attn::cuda::sm80 {
 
-// kM: groups of 16 rows a warp owns. kKeys: keys of a step. Both are bounded by registers: the output's accumulators take
-// kM · kDim / 2 of the 255, the scores kM · kKeys / 2.
-template <int kDim>
+// kM: groups of 16 rows a warp owns. kKeys: keys of a step. Both are bounded by registers: the output's accumulators
+// take kM · kDim / 2 of the 255, the scores kM · kKeys / 2, and a full kernel's options some more.
+template <int kDim, bool kFull>
 struct ForwardShape {
-  static constexpr int kM = kDim <= 128 ? 2 : 1;
-  static constexpr int kKeys = kDim <= 64 ? 64 : 32;
+  static constexpr int kM = kDim <= (kFull ? 64 : 128) ? 2 : 1;
+  static constexpr int kKeys = kDim == (kFull ? 128 : 64) ? 64 : 32;
   static constexpr int kRows = 16 * kM * kWarps;
 };
 
-template <class T, int kDim>
+template <class T, int kDim, bool kFull>
 struct ForwardShared {
-  using Shape = ForwardShape<kDim>;
+  using Shape = ForwardShape<kDim, kFull>;
   Tile<T, Shape::kRows, kDim> query;
   Tile<T, Shape::kKeys, kDim> key[2], value[2];
 };
@@ -26,11 +26,11 @@ struct ForwardShared {
 template <class T, int kDim, bool kFull>
 __global__ void __launch_bounds__(kThreads)
     forward_kernel(const __grid_constant__ AttentionProblem p, const __grid_constant__ ForwardOutputs out) {
-  using Shape = ForwardShape<kDim>;
+  using Shape = ForwardShape<kDim, kFull>;
   using Softmax = OnlineSoftmax<Math<float>>;
   constexpr int kM = Shape::kM, kKeys = Shape::kKeys, kGroups = kKeys / 8;
   TA_DYNAMIC_SHARED(memory);
-  auto& shared = *reinterpret_cast<ForwardShared<T, kDim>*>(memory);
+  auto& shared = *reinterpret_cast<ForwardShared<T, kDim, kFull>*>(memory);
 
   const int64_t tiles = ceil_div(p.query_length, Shape::kRows);
   int64_t index = blockIdx.x;
@@ -46,10 +46,9 @@ __global__ void __launch_bounds__(kThreads)
   const Rows<T> key(p.key, batch, kv_head, p.key_length, p.head_dim);
   const Rows<T> value(p.value, batch, kv_head, p.key_length, p.value_dim);
 
-  // weight = 2^(x · factor − maximum · factor). x is the score; in a plain kernel q·k, and the factor holds the scale.
+  // weight = 2^((x − maximum) · factor). x is the score; in a plain kernel q·k, and the factor holds the scale.
   const float unit = kFull ? 1.0f : score.mod.scale, factor = unit * kLog2E;
-  const float sink = p.sinks.defined() ? static_cast<const float*>(p.sinks.data)[head * p.sinks.stride[1]] / unit
-                                       : -INFINITY;
+  const float sink = p.sinks.defined() ? per_head<float>(p.sinks, batch, head) / unit : -INFINITY;
   float maximum[kM][2], sum[kM][2], result[kM][kDim / 8][4] = {};
 #pragma unroll
   for (int m = 0; m < kM; ++m)
@@ -84,7 +83,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int64_t r = row + warp_row + 16 * m + 8 * half + lane / 4;
-          const TileRange attended = TileRange::of_row(score, r, first, kKeys);
+          const TileRange attended = TileRange::keys_of_row(score, r, first, kKeys);
 #pragma unroll
           for (int n = 0; n < kGroups; ++n)
 #pragma unroll
@@ -169,9 +168,9 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T, int kDim, bool kFull>
 void forward(const AttentionProblem& p, const ForwardOutputs& out, const Stream& stream) {
-  const int64_t tiles = (p.query_length + ForwardShape<kDim>::kRows - 1) / ForwardShape<kDim>::kRows;
-  launch(forward_kernel<T, kDim, kFull>, p.batch * p.heads * tiles, kThreads, sizeof(ForwardShared<T, kDim>), stream, p,
-         out);
+  const int64_t tiles = (p.query_length + ForwardShape<kDim, kFull>::kRows - 1) / ForwardShape<kDim, kFull>::kRows;
+  launch(forward_kernel<T, kDim, kFull>, p.batch * p.heads * tiles, kThreads, sizeof(ForwardShared<T, kDim, kFull>),
+         stream, p, out);
 }
 
 }  // namespace torch_attn::cuda::sm80

@@ -1,5 +1,6 @@
-// grad_key and grad_value on tensor cores: one block per 64 keys of a key/value head and kColumns columns of the gradients.
-// The query rows of all query heads that read the head stream through two buffers. Tiles are transposed, rows are keys.
+// grad_key and grad_value on tensor cores: one block per 64 keys of a key/value head and kColumns columns of the
+// gradients. The query rows of all query heads that read the head stream through two buffers. Tiles are transposed,
+// rows are keys.
 #pragma once
 
 #include "query_gradient.cuh"
@@ -32,38 +33,45 @@ __global__ void __launch_bounds__(kThreads)
   const Rows<T> value(p.value, batch, kv_head, p.key_length, p.value_dim);
 
   // The steps: all rows that may attend these keys (the same rows in every head), head by head.
-  const int64_t first_head = kv_head * p.group_size();
-  const RowRange range = HeadScore<float>(p, batch, first_head).rows_of_any(first, first + Shape::kRows);
+  int64_t head = kv_head * p.group_size();
+  const int64_t head_end = head + p.group_size();
+  const RowRange range = HeadScore<float>(p, batch, head).rows_of_any(first, first + Shape::kRows);
   const int64_t begin = range.begin / Shape::kStep * Shape::kStep;
-  const int head_steps = range.end <= begin ? 0 : static_cast<int>(ceil_div(range.end - begin, Shape::kStep));
-  const int steps = head_steps * static_cast<int>(p.group_size());
-  const auto copy_step = [&](int step) {
-    const int64_t head = first_head + step / head_steps, row = begin + int64_t{step % head_steps} * Shape::kStep;
-    auto& pair = shared.step[step % 2];
-    copy_tile(pair.dots, Rows<T>(p.query, batch, head, p.query_length, p.head_dim), row);
-    copy_tile(pair.grads, Rows<T>(t.grad_out, batch, head, p.query_length, p.value_dim), row);
+  int64_t row = begin;
+  if (row >= range.end) head = head_end;
+  const bool any_step = head < head_end;
+  const auto copy_step = [&](auto& pair, int64_t step_head, int64_t step_row) {
+    copy_tile(pair.dots, Rows<T>(p.query, batch, step_head, p.query_length, p.head_dim), step_row);
+    copy_tile(pair.grads, Rows<T>(t.grad_out, batch, step_head, p.query_length, p.value_dim), step_row);
   };
   copy_tile(shared.dots, key, first);
   copy_tile(shared.grads, value, first);
-  if (steps > 0) copy_step(0);
+  if (any_step) copy_step(shared.step[0], head, row);
   ptx::cp_async_commit();
 
   float grad_key[1][kColumns / 8][4] = {}, grad_value[1][kColumns / 8][4] = {};
-  for (int step = 0; step < steps; ++step) {
-    const int64_t head = first_head + step / head_steps, row = begin + int64_t{step % head_steps} * Shape::kStep;
+  for (int buffer = 0; head < head_end; buffer ^= 1) {
     const int64_t row_end = row + Shape::kStep < p.query_length ? row + Shape::kStep : p.query_length;
     const HeadScore<float> score(p, batch, head);
     const float factor = score.mod.scale * kLog2E;
     ptx::cp_async_wait<0>();
     __syncthreads();  // this step's tiles have landed, and the last step's are read no more
-    if (step + 1 < steps) copy_step(step + 1);
+    const bool next_head = row + Shape::kStep >= range.end;
+    const int64_t following_head = head + next_head, following_row = next_head ? begin : row + Shape::kStep;
+    if (following_head < head_end) copy_step(shared.step[buffer ^ 1], following_head, following_row);
     ptx::cp_async_commit();
 
-    auto& pair = shared.step[step % 2];
+    auto& pair = shared.step[buffer];
     float x[1][kGroups][4] = {}, grad[1][kGroups][4] = {};
     multiply_transposed<1>(x, shared.dots, warp_row, pair.dots);
     multiply_transposed<1>(grad, shared.grads, warp_row, pair.grads);
     const bool tested = !score.unmasked(row, row_end, first, first + Shape::kRows);
+    const BackwardRows<float> rows(p, t, statistics, score.batch_head, row);
+    TileRange attended[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      attended[half] = tested ? TileRange::rows_of_key(score, first + warp_row + 8 * half + lane / 4, row, Shape::kStep)
+                              : TileRange{0, Shape::kStep};
 #pragma unroll
     for (int n = 0; n < kGroups; ++n) {
       uint32_t kept = ~0u;
@@ -72,13 +80,11 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int64_t r = row + 8 * n + 2 * (lane % 4) + e;
-        const BackwardRow<float> stats = BackwardRow<float>::load(p, t, statistics, score.batch_head, r);
-        const TileRange attended =
-            tested ? TileRange::of_row(score, r, first, Shape::kRows) : TileRange{0, Shape::kRows};
+        const BackwardRow<float> stats = rows[8 * n + 2 * (lane % 4) + e];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int k = warp_row + 8 * half + lane / 4, i = 2 * half + e;
-          const bool is_attended = attended.contains(k);
+          const bool is_attended = attended[half].contains(8 * n + 2 * (lane % 4) + e);
           float& gradient = grad[0][n][i];
           if (kFull) {
             const float capped = score.mod.capped(x[0][n][i]);
@@ -97,9 +103,11 @@ __global__ void __launch_bounds__(kThreads)
     }
     if (t.grad_value.defined()) multiply<1, kColumns>(grad_value, x, pair.grads, column);
     if (t.grad_key.defined()) multiply<1, kColumns>(grad_key, grad, pair.dots, column);
+    head = following_head;
+    row = following_row;
   }
 
-  if (steps == 0) {
+  if (!any_step) {
     ptx::cp_async_wait<0>();
     __syncthreads();
   }

@@ -1,6 +1,6 @@
-// grad_query on tensor cores, and each row's part of grad_alibi_slopes: one block per 64 query rows. Keys and values stream
-// through two buffers. The backward pass has this kernel and key_value_gradient.cuh, which both recompute the scores: seven
-// products in place of five, and in exchange no atomics, so that gradients are the same in every run.
+// grad_query on tensor cores, and each row's part of grad_alibi_slopes: one block per 64 query rows. Keys and values
+// stream through two buffers. The backward pass has this kernel and key_value_gradient.cuh, which both recompute the
+// scores: seven products in place of five, and in exchange no atomics, so that gradients are the same in every run.
 #pragma once
 
 #include "../row_statistics.cuh"
@@ -61,11 +61,8 @@ __global__ void __launch_bounds__(kThreads)
   }
   ptx::cp_async_commit();
 
-  BackwardRow<float> rows[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half)
-    rows[half] =
-        BackwardRow<float>::load(p, t, statistics, score.batch_head, row + warp_row + 8 * half + lane / 4);
+  const BackwardRows<float> tile_rows(p, t, statistics, score.batch_head, row);
+  const BackwardRow<float> rows[2] = {tile_rows[warp_row + lane / 4], tile_rows[warp_row + lane / 4 + 8]};
   const float factor = score.mod.scale * kLog2E;
   float grad_slope[2] = {}, result[1][kDim / 8][4] = {};
 
@@ -86,7 +83,7 @@ __global__ void __launch_bounds__(kThreads)
     TileRange attended[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half)
-      attended[half] = tested ? TileRange::of_row(score, row + warp_row + 8 * half + lane / 4, first, Shape::kStep)
+      attended[half] = tested ? TileRange::keys_of_row(score, row + warp_row + 8 * half + lane / 4, first, Shape::kStep)
                               : TileRange{0, Shape::kStep};
 #pragma unroll
     for (int n = 0; n < kGroups; ++n) {

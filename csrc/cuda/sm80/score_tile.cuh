@@ -1,7 +1,8 @@
-// From q·k in accumulators to scores, and the dropout bits of accumulators: where the layout of mma meets head_score.cuh.
+// From q·k in accumulators to scores, and the dropout bits of accumulators: where the layout of mma meets
+// head_score.cuh.
 //
-// Kernels come in two kinds. Plain ones serve scaled scores with a band mask (causal, windows, key lengths) and leave the
-// scale to the exponential; full ones apply softcap, ALiBi, attn_mask and dropout as well.
+// Kernels come in two kinds. Plain ones serve scaled scores with a band mask (causal, windows, key lengths) and leave
+// the scale to the exponential; full ones apply softcap, ALiBi, attn_mask and dropout as well.
 #pragma once
 
 #include "tile.cuh"
@@ -10,16 +11,19 @@ namespace torch_attn::cuda::sm80 {
 
 constexpr float kLog2E = 1.44269504088896340736f;
 
-
-// Keys [begin, end) of a row, counted from `first` and cut to [0, size): what the element tests compare with.
+// The keys of a row, or the rows of a key, that attend: [begin, end), counted from a tile's first and cut to [0, size).
 struct TileRange {
   int begin, end;
 
-  TA_DEVICE static TileRange of_row(const HeadScore<float>& score, int64_t row, int64_t first, int size) {
+  TA_DEVICE static TileRange keys_of_row(const HeadScore<float>& score, int64_t row, int64_t first, int size) {
     const KeyRange keys = score.band.keys_of_row(row);
     return {clamp(keys.begin - first, size), row < score.query_length ? clamp(keys.end - first, size) : 0};
   }
-  TA_DEVICE bool contains(int key) const { return begin <= key && key < end; }
+  TA_DEVICE static TileRange rows_of_key(const HeadScore<float>& score, int64_t key, int64_t first, int size) {
+    const RowRange rows = score.rows_of_any(key, key + 1);
+    return {clamp(rows.begin - first, size), clamp(rows.end - first, size)};
+  }
+  TA_DEVICE bool contains(int i) const { return begin <= i && i < end; }
 
  private:
   TA_DEVICE static int clamp(int64_t x, int size) { return x < 0 ? 0 : x > size ? size : static_cast<int>(x); }
@@ -34,12 +38,12 @@ TA_DEVICE float full_score(const HeadScore<float>& score, float capped, int64_t 
 }
 
 // Dropout bits of one accumulator fragment whose rows are queries and columns keys: bit 2 · half + e for element
-// (half, e). The four keys of a Philox call belong to two lanes, which hold two rows each: each lane makes the call of one
-// row and hands it to the other.
+// (half, e). The four keys of a Philox call belong to two lanes, which hold two rows each: each lane makes the call of
+// one row and hands it to the other.
 TA_DEVICE uint32_t kept_of_query_rows(const HeadScore<float>& score, int64_t row, int64_t key) {
   const int odd = lane_index() & 1;
   const int64_t group = key / Dropout::kKeysPerCall + lane_index() % 4 / 2;
-  const uint32_t mine = kept_keys(score.dropout, score.batch_head, row + lane_index() / 4 + 8 * odd, group);
+  const uint32_t mine = kept_keys(score.dropout, score.dropout_head, row + lane_index() / 4 + 8 * odd, group);
   const uint32_t other = __shfl_xor_sync(~0u, mine, 1);
   const uint32_t first = odd ? other : mine, second = odd ? mine : other;
   return (first >> 2 * odd & 3) | (second >> 2 * odd & 3) << 2;
@@ -50,11 +54,10 @@ TA_DEVICE uint32_t kept_of_query_rows(const HeadScore<float>& score, int64_t row
 TA_DEVICE uint32_t kept_of_key_rows(const HeadScore<float>& score, int64_t key, int64_t row) {
   const int lane = lane_index(), place = lane / 4 % 4;  // of the lane's key in its call
   const int64_t group = (key + 8 * (place / 2)) / Dropout::kKeysPerCall + lane / 16;
-  const uint32_t mine = kept_keys(score.dropout, score.batch_head, row + 2 * (lane % 4) + place % 2, group);
+  const uint32_t mine = kept_keys(score.dropout, score.dropout_head, row + 2 * (lane % 4) + place % 2, group);
   uint32_t bits = 0;
 #pragma unroll
-  for (int pair = 0; pair < 4; ++pair)
-    bits |= (__shfl_sync(~0u, mine, (lane & ~12) | pair << 2) >> place & 1) << pair;
+  for (int pair = 0; pair < 4; ++pair) bits |= (__shfl_sync(~0u, mine, (lane & ~12) | pair << 2) >> place & 1) << pair;
   return bits;
 }
 

@@ -15,9 +15,8 @@ struct Variant {
   decltype(Tier::key_value_gradient) key_value_gradient;
 };
 
-#define TA_KIND(T, DIM, FULL)                                                 \
-  {kScalarType<T>,      DIM, FULL, forward<T, DIM, FULL>, query_gradient<T, DIM, FULL>, \
-   key_value_gradient<T, DIM, FULL>},
+#define TA_KIND(T, DIM, FULL) \
+  {kScalarType<T>, DIM, FULL, forward<T, DIM, FULL>, query_gradient<T, DIM, FULL>, key_value_gradient<T, DIM, FULL>},
 #define TA_VARIANT(T, DIM) TA_KIND(T, DIM, false) TA_KIND(T, DIM, true)
 constexpr Variant kVariants[] = {TA_SM80_VARIANTS(TA_VARIANT)};
 #undef TA_VARIANT
@@ -25,8 +24,8 @@ constexpr Variant kVariants[] = {TA_SM80_VARIANTS(TA_VARIANT)};
 
 int64_t widest(const AttentionProblem& p) { return p.head_dim > p.value_dim ? p.head_dim : p.value_dim; }
 
-// The narrowest variant that serves the problem, or null. Plain kernels fold the scale into the running maximum, so they
-// need a positive one.
+// The narrowest variant that serves the problem, or null. Plain kernels fold the scale into the running maximum, so
+// they need a positive one.
 const Variant* variant_for(const AttentionProblem& p, bool full) {
   full = full || p.softcap != 0 || p.attn_mask.defined() || p.alibi_slopes.defined() || p.dropout_p > 0 || p.scale <= 0;
   const Variant* best = nullptr;
@@ -52,8 +51,7 @@ std::string refusal(const Call& call) {
   if (!variant_for(p, false)) return "head_dim and value_dim must be at most 256";
   // sm_86, sm_89 and sm_12x have 99 KiB of shared memory in a block; the widest gradient kernels need 128.
   const int sm = call.compute_capability;
-  const bool small_shared_memory =
-      sm == 86 || sm == 89 || sm / 10 == 12;
+  const bool small_shared_memory = sm == 86 || sm == 89 || sm / 10 == 12;
   if (call.backward && small_shared_memory && widest(p) > 128)
     return "this GPU's shared memory is too small for gradients of head dimensions above 128";
   if (!is_aligned(p.query) || !is_aligned(p.key) || !is_aligned(p.value))

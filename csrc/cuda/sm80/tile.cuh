@@ -1,7 +1,7 @@
 // Tiles of 16-bit elements in shared memory, and the two products of attention on tensor cores (mma.m16n8k16).
 //
-// A tile holds kRows rows of kDim elements. The 16-byte pieces of a row are permuted by the row number, so that the eight
-// rows that one ldmatrix reads, and the pieces that one copy writes, lie in different banks.
+// A tile holds kRows rows of kDim elements. The 16-byte pieces of a row are permuted by the row number, so that the
+// eight rows that one ldmatrix reads, and the pieces that one copy writes, lie in different banks.
 //
 // Accumulators are float[kM][n / 8][4], the layout of mma: lane l holds rows l / 4 (elements 0 and 1) and l / 4 + 8
 // (elements 2 and 3) of each group of 16, at columns 2 (l % 4) and the next of each group of 8.
@@ -23,7 +23,23 @@ struct Tile {
 
   T element[kRows * kDim];
 
-  TA_DEVICE T* piece(int row, int column) { return element + row * kDim + (column / kPiece ^ row % 8) * kPiece; }
+  TA_DEVICE T* piece(int row, int column) { return element + row * kDim + (column ^ row % 8 * kPiece); }
+};
+
+// A lane's pieces in the rows `row`, row + 8, … of a tile. Stepping through them costs no register for each: only the
+// lowest bits of an address depend on the lane, all else is a constant of the unrolled loop.
+template <class Tile>
+struct LanePieces {
+  typename Tile::Element* start;
+  int permuted;  // below 64
+
+  // offset: 0 or kPiece, what the lane adds to every column.
+  TA_DEVICE LanePieces(Tile& tile, int row, int offset)
+      : start(tile.element + row * Tile::kDim), permuted(offset ^ row % 8 * kPiece) {}
+  // rows: a multiple of 8. column: a multiple of 16.
+  TA_DEVICE typename Tile::Element* at(int rows, int column) const {
+    return start + rows * Tile::kDim + column / 64 * 64 + (column % 64 ^ permuted);
+  }
 };
 
 // The rows of one head in global memory: 16-byte aligned, columns a multiple of 8.
@@ -43,14 +59,17 @@ struct Rows {
 // Starts the block's copy of rows [row, row + kRows); zeros outside.
 template <class Tile, class T>
 TA_DEVICE void copy_tile(Tile& tile, const Rows<T>& rows, int64_t row) {
-  constexpr int kPieces = Tile::kDim / kPiece;
-  static_assert(Tile::kRows * kPieces % kThreads == 0, "every thread copies the same number of pieces");
+  constexpr int kPieces = Tile::kDim / kPiece, kRowsAtOnce = kThreads / kPieces;
+  static_assert(Tile::kRows % kRowsAtOnce == 0, "every thread copies the same number of pieces");
+  const int first = static_cast<int>(threadIdx.x) / kPieces, column = static_cast<int>(threadIdx.x) % kPieces * kPiece;
+  const int left = rows.count - row < Tile::kRows ? static_cast<int>(rows.count - row) : Tile::kRows;
+  const T* from = rows.data + (row + first) * rows.stride + column;
+  const int64_t step = kRowsAtOnce * rows.stride;
 #pragma unroll
-  for (int n = 0; n < Tile::kRows * kPieces / kThreads; ++n) {
-    const int i = static_cast<int>(threadIdx.x) + n * kThreads;
-    const int r = i / kPieces, column = i % kPieces * kPiece;
-    const bool valid = row + r < rows.count && column < rows.columns;
-    ptx::cp_async_16(tile.piece(r, column), valid ? rows.data + (row + r) * rows.stride + column : rows.data, valid);
+  for (int r = 0; r < Tile::kRows; r += kRowsAtOnce) {
+    const bool valid = first + r < left && column < rows.columns;
+    ptx::cp_async_16(tile.piece(first + r, column), valid ? from : rows.data, valid);
+    from += step;
   }
 }
 
@@ -62,15 +81,17 @@ template <int kM, class A, class B>
 TA_DEVICE void multiply_transposed(float (&sum)[kM][B::kRows / 8][4], A& a, int row, B& b) {
   static_assert(A::kDim == B::kDim, "");
   const int lane = lane_index();
+  const LanePieces<A> a_pieces(a, row + lane % 16, lane / 16 * kPiece);
+  const LanePieces<B> b_pieces(b, lane % 8 + lane / 16 * 8, lane / 8 % 2 * kPiece);
 #pragma unroll
   for (int k = 0; k < A::kDim; k += 16) {
     uint32_t left[kM][4];
 #pragma unroll
-    for (int m = 0; m < kM; ++m) ptx::ldmatrix_x4(left[m], a.piece(row + 16 * m + lane % 16, k + lane / 16 * kPiece));
+    for (int m = 0; m < kM; ++m) ptx::ldmatrix_x4(left[m], a_pieces.at(16 * m, k));
 #pragma unroll
     for (int n = 0; n < B::kRows; n += 16) {
       uint32_t right[4];
-      ptx::ldmatrix_x4(right, b.piece(n + lane % 8 + lane / 16 * 8, k + lane / 8 % 2 * kPiece));
+      ptx::ldmatrix_x4(right, b_pieces.at(n, k));
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
         ptx::mma_m16n8k16(sum[m][n / 8], left[m], right[0], right[1], typename A::Element{});
@@ -86,6 +107,7 @@ TA_DEVICE void multiply(float (&sum)[kM][kColumns / 8][4], const float (&weights
                         int column) {
   const typename B::Element type{};
   const int lane = lane_index();
+  const LanePieces<B> b_pieces(b, lane % 16, lane / 16 * kPiece);
 #pragma unroll
   for (int k = 0; k < B::kRows; k += 16) {
     uint32_t left[kM][4];
@@ -93,13 +115,13 @@ TA_DEVICE void multiply(float (&sum)[kM][kColumns / 8][4], const float (&weights
     for (int m = 0; m < kM; ++m)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float(&w)[4] = weights[m][k / 8 + i / 2];
+        const float (&w)[4] = weights[m][k / 8 + i / 2];
         left[m][i] = ptx::pack(w[i % 2 * 2], w[i % 2 * 2 + 1], type);
       }
 #pragma unroll
     for (int n = 0; n < kColumns; n += 16) {
       uint32_t right[4];
-      ptx::ldmatrix_x4_trans(right, b.piece(k + lane % 16, column + n + lane / 16 * kPiece));
+      ptx::ldmatrix_x4_trans(right, b_pieces.at(k, column + n));
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
         ptx::mma_m16n8k16(sum[m][n / 8], left[m], right[0], right[1], type);
@@ -109,8 +131,9 @@ TA_DEVICE void multiply(float (&sum)[kM][kColumns / 8][4], const float (&weights
   }
 }
 
-// Writes a warp's accumulators, times factor[m][half], to columns [column, column + kColumns) of global rows from `row` on.
-// They pass through the warp's own rows of `tile`, which it alone has read, so that whole 16-byte pieces are stored.
+// Writes a warp's accumulators, times factor[m][half], to columns [column, column + kColumns) of global rows from `row`
+// on. They pass through the warp's own rows of `tile`, which it alone has read, so that whole 16-byte pieces are
+// stored.
 template <int kM, int kColumns, class Tile, class T>
 TA_DEVICE void store_rows(const Rows<T>& to, int64_t row, int column, const float (&sum)[kM][kColumns / 8][4],
                           const float (&factor)[kM][2], Tile& tile, int tile_row) {

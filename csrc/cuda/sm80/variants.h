@@ -1,5 +1,5 @@
-// The tensor-core tier's kernels: which instances exist. One list, read by the files that instantiate them (instantiate/),
-// by tier.cpp and, through it, by the tests.
+// The tensor-core tier's kernels: which instances exist. One list, read by the files that instantiate them
+// (instantiate/), by tier.cpp and, through it, by the tests.
 #pragma once
 
 #include "../kernels.h"

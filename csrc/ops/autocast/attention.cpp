@@ -12,7 +12,7 @@ ForwardResult attention_forward_autocast(const ForwardArguments& a) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
   const auto type = at::autocast::get_autocast_dtype(device);
   const auto cast = [&](const Tensor& tensor) { return at::autocast::cached_cast(type, tensor, device); };
-  return AttentionForward::call({cast(a.query), cast(a.key), cast(a.value), a.options});
+  return AttentionForward::call({cast(a.query), cast(a.key), cast(a.value), a.options, a.rng_state});
 }
 
 }  // namespace

@@ -42,22 +42,17 @@ Tensor mask_to_four_dimensions(const Tensor& mask, const SymSizes& leading) {
 
 class Canonical {
  public:
-  explicit Canonical(const AttentionArguments& a) {
-    const ForwardArguments& f = a.forward;
+  explicit Canonical(const AttentionArguments& a) : arguments_(a.forward()) {
+    const ForwardArguments& f = arguments_;
     check_ranks(f);
     is_canonical_ = f.query.dim() == 4 && f.key.dim() == 4 && f.value.dim() == 4 &&
                     f.query.sym_size(0) == f.key.sym_size(0) && f.query.sym_size(0) == f.value.sym_size(0) &&
                     (!is_defined(f.options.attn_mask) || f.options.attn_mask->dim() == 4);
-    if (!is_canonical_) {
-      arguments_ = f;
-      collapse_leading_dimensions();
-    }
-    match_heads(f, a.enable_gqa);
+    if (!is_canonical_) collapse_leading_dimensions();
+    match_heads(a.enable_gqa);
   }
 
-  const ForwardArguments& arguments(const AttentionArguments& a) const {
-    return arguments_.query.defined() ? arguments_ : a.forward;
-  }
+  const ForwardArguments& arguments() const { return arguments_; }
   // Of out (B, Hq, L, Dv) or logsumexp (B, Hq, L).
   Tensor restore(const Tensor& t) const {
     if (is_canonical_ || leading_.size() == 1) return t;
@@ -124,12 +119,11 @@ class Canonical {
   }
 
   // One key/value head may serve all query heads as it is; other sizes 1 are expanded.
-  void match_heads(const ForwardArguments& original, bool enable_gqa) {
-    const ForwardArguments& f = is_canonical_ ? original : arguments_;
+  void match_heads(bool enable_gqa) {
+    const ForwardArguments& f = arguments_;
     const SymInt heads = f.query.sym_size(1), key_heads = f.key.sym_size(1), value_heads = f.value.sym_size(1);
     const SymInt kv_heads = is_one(key_heads) ? value_heads : key_heads;
     const auto expand = [&](Tensor ForwardArguments::* member, const SymInt& to) {
-      if (!arguments_.query.defined()) arguments_ = original;
       Tensor& tensor = arguments_.*member;
       tensor = tensor.expand_symint({-1, to, -1, -1});
     };
@@ -146,17 +140,17 @@ class Canonical {
   bool is_canonical_ = false;  // the leading dimensions are as attention_forward wants them
   bool has_heads_ = true;      // false: all inputs are (length, head_dim)
   SymSizes leading_;
-  ForwardArguments arguments_;  // query is undefined while nothing had to change
+  ForwardArguments arguments_;
 };
 
 Tensor attention(const AttentionArguments& a) {
   const Canonical canonical(a);
-  return canonical.restore(std::get<0>(AttentionForward::call(canonical.arguments(a))));
+  return canonical.restore(std::get<0>(AttentionForward::call(canonical.arguments())));
 }
 
 std::tuple<Tensor, Tensor> attention_with_logsumexp(const AttentionArguments& a) {
   const Canonical canonical(a);
-  const auto [out, logsumexp, rng_state] = AttentionForward::call(canonical.arguments(a));
+  const auto [out, logsumexp, rng_state] = AttentionForward::call(canonical.arguments());
   return {canonical.restore(out), canonical.restore(logsumexp)};
 }
 
@@ -168,7 +162,7 @@ Tensor scaled_dot_product_attention(const Tensor& query, const Tensor& key, cons
   options.dropout_p = dropout_p;
   options.is_causal = is_causal;
   options.scale = scale;
-  return attention({{query, key, value, options}, enable_gqa});
+  return attention({query, key, value, options, enable_gqa});
 }
 
 }  // namespace

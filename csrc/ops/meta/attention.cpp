@@ -12,10 +12,17 @@ ForwardResult attention_forward_meta(const ForwardArguments& a) {
   const auto options = a.query.options();
   return {empty_by_row(s.batch, s.heads, s.query_length, s.value_dim, options),
           at::empty_symint({s.batch, s.heads, s.query_length}, options.dtype(accumulator_type(a.query.scalar_type()))),
-          at::empty({2}, options.dtype(at::kLong))};
+          at::empty({kRngStateSize}, options.dtype(at::kLong))};
 }
 
-BackwardResult attention_backward_meta(const BackwardArguments& a) {
+JvpResult attention_jvp_meta(const JvpArguments& a) {
+  check_arguments(a);
+  const auto [out, logsumexp, rng_state] = attention_forward_meta(a.forward());
+  return {out, logsumexp, empty_by_row_like(out), at::empty_symint(logsumexp.sym_sizes(), logsumexp.options())};
+}
+
+template <class Arguments>
+BackwardResult gradients_meta(const Arguments& a) {
   check_arguments(a);
   const auto by_row = [&](Gradient gradient, const Tensor& input) {
     return a.output_mask[gradient] ? empty_by_row_like(input) : no_gradient(a.query);
@@ -40,7 +47,9 @@ Tensor dropout_keep_mask_meta(const DropoutArguments& a) {
 
 TORCH_LIBRARY_IMPL(torch_attn, Meta, m) {
   m.impl("attention_forward", AttentionForward::kernel<attention_forward_meta>);
-  m.impl("attention_backward", AttentionBackward::kernel<attention_backward_meta>);
+  m.impl("attention_backward", AttentionBackward::kernel<gradients_meta<BackwardArguments>>);
+  m.impl("attention_jvp", AttentionJvp::kernel<attention_jvp_meta>);
+  m.impl("attention_backward_jvp", AttentionBackwardJvp::kernel<gradients_meta<BackwardJvpArguments>>);
   m.impl("dropout_keep_mask", DropoutKeepMask::kernel<dropout_keep_mask_meta>);
 }
 

@@ -1,5 +1,5 @@
-// What the threads of one warp do together: shuffles, __syncwarp and, through warp_collective, the matrix instructions of
-// csrc/cuda/ptx.cuh. The last lane to arrive does the work for all.
+// What the threads of one warp do together: shuffles, __syncwarp and, through warp_collective, the matrix instructions
+// of csrc/cuda/ptx.cuh. The last lane to arrive does the work for all.
 #pragma once
 
 #include <cstdint>
@@ -32,8 +32,9 @@ T shuffle(const char* operation, uint32_t mask, T value, int source_lane) {
     for (int lane = 0; lane < kWarpSize; ++lane) {
       if (!lanes[lane]) continue;
       const Argument* source = lanes[lanes[lane]->source_lane];
-      if (!source) fail(std::string(operation) + ": reads lane " + std::to_string(lanes[lane]->source_lane) +
-                        ", which is not in the mask");
+      if (!source)
+        fail(std::string(operation) + ": reads lane " + std::to_string(lanes[lane]->source_lane) +
+             ", which is not in the mask");
       lanes[lane]->result = source->value;
     }
   });

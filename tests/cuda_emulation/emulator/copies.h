@@ -1,5 +1,6 @@
-// cp.async: a thread issues copies into shared memory, groups them, and waits for all but the last n groups. A copy lands
-// as late as the program allows, and its destination holds NaN until then. Used by csrc/cuda/ptx.cuh's host versions.
+// cp.async: a thread issues copies into shared memory, groups them, and waits for all but the last n groups. A copy
+// lands as late as the program allows, and its destination holds NaN until then. Used by csrc/cuda/ptx.cuh's host
+// versions.
 #pragma once
 
 namespace emulation {

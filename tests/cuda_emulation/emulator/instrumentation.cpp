@@ -1,5 +1,5 @@
-// The kernels are compiled with -fsanitize=thread, which makes the compiler report every load and store to the functions
-// below; ThreadSanitizer itself is not linked, they hand the access to memory.h's checks instead.
+// The kernels are compiled with -fsanitize=thread, which makes the compiler report every load and store to the
+// functions below; ThreadSanitizer itself is not linked, they hand the access to memory.h's checks instead.
 #include <cstddef>
 
 #include "memory.h"
@@ -27,9 +27,9 @@ void __tsan_read_range(void* address, size_t bytes) { read(address, bytes); }
 void __tsan_write_range(void* address, size_t bytes) { write(address, bytes); }
 
 #define ACCESS_OF(BYTES)                                                     \
-  void __tsan_read##BYTES(void* address) { read(address, BYTES); }            \
-  void __tsan_write##BYTES(void* address) { write(address, BYTES); }          \
-  void __tsan_unaligned_read##BYTES(void* address) { read(address, BYTES); }  \
+  void __tsan_read##BYTES(void* address) { read(address, BYTES); }           \
+  void __tsan_write##BYTES(void* address) { write(address, BYTES); }         \
+  void __tsan_unaligned_read##BYTES(void* address) { read(address, BYTES); } \
   void __tsan_unaligned_write##BYTES(void* address) { write(address, BYTES); }
 ACCESS_OF(1)
 ACCESS_OF(2)

@@ -7,8 +7,8 @@ namespace emulation {
 
 enum class Half { kFloat16, kBFloat16 };
 
-// Four 8x8 matrices of 16-bit elements. Lane 8m + r names row r of matrix m; lane l receives of each matrix the elements
-// (l / 4, 2 (l % 4)) and the one right of it, or of its transpose.
+// Four 8x8 matrices of 16-bit elements. Lane 8m + r names row r of matrix m; lane l receives of each matrix the
+// elements (l / 4, 2 (l % 4)) and the one right of it, or of its transpose.
 void load_matrices(uint32_t (&result)[4], const void* row, bool transpose);
 
 // d (16x8, float) += a (16x16) · b (16x8).

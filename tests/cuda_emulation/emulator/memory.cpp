@@ -1,5 +1,5 @@
-// Allocation, bounds and the race check. Each granule of memory remembers its last writer and its last readers, with the
-// time of each; time moves on at every barrier.
+// Allocation, bounds and the race check. Each granule of memory remembers its last writer and its last readers, with
+// the time of each; time moves on at every barrier.
 #include "memory.h"
 
 #include <sys/mman.h>
@@ -34,7 +34,7 @@ struct Time {
 struct Granule {
   Time written, read;
   uint16_t writer = 0;
-  uint16_t reader = 0;  // a thread; or several of a warp (kManyInWarp | warp); or kManyReaders
+  uint16_t reader = 0;   // a thread; or several of a warp (kManyInWarp | warp); or kManyReaders
   bool copying = false;  // an asynchronous copy is on its way here
   bool atomic = false;   // the last write was atomic
 };
@@ -168,7 +168,8 @@ void* allocate(size_t bytes, size_t granule) {
   unsigned char* begin = heap.begin + heap.used;
   Region region{begin, bytes, granule, false, std::make_unique<Granule[]>(bytes / granule + 1)};
   heap.regions.push_back(std::move(region));
-  std::fill_n(heap.region_of_page.begin() + heap.used / kPage, size / kPage, static_cast<uint32_t>(heap.regions.size()));
+  std::fill_n(heap.region_of_page.begin() + heap.used / kPage, size / kPage,
+              static_cast<uint32_t>(heap.regions.size()));
   heap.used += size + kPage;
   __asan_unpoison_memory_region(begin, bytes);
   return begin;

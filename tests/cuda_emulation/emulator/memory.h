@@ -4,8 +4,8 @@
 //   races     no other thread wrote the place (or, for a write, read it) without a barrier in between;
 //   order     shared memory was written before it is read, and no copy into it is still under way.
 //
-// A race is found whatever order the threads ran in. Two accesses are ordered when a __syncthreads lies between them, or,
-// inside one warp, a __syncwarp; blocks of one launch are never ordered. Shuffles order nothing, as on hardware.
+// A race is found whatever order the threads ran in. Two accesses are ordered when a __syncthreads lies between them,
+// or, inside one warp, a __syncwarp; blocks of one launch are never ordered. Shuffles order nothing, as on hardware.
 #pragma once
 
 #include <cstddef>

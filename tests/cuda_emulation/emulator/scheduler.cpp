@@ -29,8 +29,8 @@ std::vector<std::unique_ptr<Thread>> threads;  // reused by every block
 struct Block {
   const std::function<void()>* body = nullptr;
   int size = 0;
-  int running = 0;           // threads that have not finished
-  std::vector<int> ready;    // a ring
+  int running = 0;         // threads that have not finished
+  std::vector<int> ready;  // a ring
   size_t first = 0, count = 0;
   std::vector<int> at_barrier;
   uint64_t random = 1;
@@ -49,7 +49,8 @@ uint64_t next_random() {  // xorshift64
 Thread* next_ready() {
   if (block.count == 0) return nullptr;
   const size_t size = block.ready.size();
-  if (options.seed) std::swap(block.ready[block.first], block.ready[(block.first + next_random() % block.count) % size]);
+  if (options.seed)
+    std::swap(block.ready[block.first], block.ready[(block.first + next_random() % block.count) % size]);
   const int index = block.ready[block.first];
   block.first = (block.first + 1) % size;
   --block.count;
@@ -143,9 +144,7 @@ void fail(const std::string& what) {
   __builtin_unreachable();
 }
 
-bool fault_here(Fault fault) {
-  return options.fault == fault && running_thread()->fault_calls++ == options.fault_call;
-}
+bool fault_here(Fault fault) { return options.fault == fault && running_thread()->fault_calls++ == options.fault_call; }
 
 void wait_for(const char* what) {
   Thread* self = running_thread();

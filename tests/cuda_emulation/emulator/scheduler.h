@@ -1,5 +1,6 @@
-// Runs a kernel's threads as fibers on one CPU thread: blocks one after the other, the threads of a block interleaved at
-// barriers and collectives, in an order drawn from a seed. Used by cuda.h and by the runner; the kernels never see it.
+// Runs a kernel's threads as fibers on one CPU thread: blocks one after the other, the threads of a block interleaved
+// at barriers and collectives, in an order drawn from a seed. Used by cuda.h and by the runner; the kernels never see
+// it.
 #pragma once
 
 #include <cstddef>

@@ -10,8 +10,8 @@
   template void query_gradient<T, DIM, FULL>(const AttentionProblem&, const BackwardTensors&, void*, const Stream&); \
   template void key_value_gradient<T, DIM, FULL>(const AttentionProblem&, const BackwardTensors&, void*, const Stream&);
 
-#define TA_INSTANTIATE_SM80(T, DIM)         \
-  namespace torch_attn::cuda::sm80 {        \
-  TA_INSTANTIATE_SM80_KIND(T, DIM, false)   \
-  TA_INSTANTIATE_SM80_KIND(T, DIM, true)    \
+#define TA_INSTANTIATE_SM80(T, DIM)       \
+  namespace torch_attn::cuda::sm80 {      \
+  TA_INSTANTIATE_SM80_KIND(T, DIM, false) \
+  TA_INSTANTIATE_SM80_KIND(T, DIM, true)  \
   }

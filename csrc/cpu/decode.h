@@ -1,0 +1,286 @@
+// The forward pass for very few query rows, as when a model generates text: lanes run along the columns of key and
+// value, which are read once for all rows of the heads that share them, as fast as memory delivers. Where there are
+// fewer key/value heads than threads, the keys are split as well and the pieces merged (Dao et al. 2023,
+// "Flash-Decoding"). Included by forward.h.
+#pragma once
+
+#include "../core/dropout.h"
+#include "../core/online_softmax.h"
+#include "kernels.h"
+#include "score_tile.h"
+#include "tasks.h"
+
+namespace torch_attn::cpu::TORCH_ATTN_ISA {
+
+// With more rows than this, a panel of forward.h uses its lanes well enough.
+template <class Real>
+constexpr int64_t kDecodeRows = kLanes<Real> / 4 > 1 ? kLanes<Real> / 4 : 1;
+
+constexpr int64_t kDecodeKeys = 64;  // keys per block
+constexpr int64_t kSplitKeys = 512;  // fewest keys per piece
+
+// A block of rows as they are stored, in whole vectors; their number is a multiple of the vector length, too.
+template <class Stored>
+struct StoredRows {
+  const Stored* data;
+  int64_t stride;
+};
+
+// scores[key] = query · keys[key] for a multiple of the vector length of keys; dim is a multiple of it, too.
+template <class Real, class Stored>
+TA_NOINLINE void decode_dots(const Real* query, StoredRows<Stored> keys, int64_t count, int64_t dim, Real* scores) {
+  constexpr int n = kLanes<Real>;
+  constexpr int kAtOnce = n < 8 ? n : 8;  // rows read side by side; prefetching the next block as well gained nothing
+  for (int64_t first = 0; first < count; first += n) {
+    Vec<Real> partial[n];
+#pragma GCC unroll 2
+    for (int i0 = 0; i0 < n; i0 += kAtOnce) {
+      Vec<Real> acc[kAtOnce] = {};
+      const Stored* row = keys.data + (first + i0) * keys.stride;
+      for (int64_t d = 0; d < dim; d += n) {
+        const Vec<Real> q = load(query + d);
+#pragma GCC unroll 8
+        for (int i = 0; i < kAtOnce; ++i) acc[i] += q * load_as(row + i * keys.stride + d);
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < kAtOnce; ++i) partial[i0 + i] = acc[i];
+    }
+    transpose_in_registers<Real>(partial);
+#pragma GCC unroll 4
+    for (int step = n / 2; step > 0; step /= 2) {
+#pragma GCC unroll 8
+      for (int i = 0; i < step; ++i) partial[i] += partial[i + step];
+    }
+    store(scores + first, partial[0]);
+  }
+}
+
+// out[column] = out[column] · rescale + Σ_key weights[key] · values[key][column], for kVectors vectors of columns.
+template <class Real, class Stored, int kVectors>
+TA_INLINE void decode_combine_columns(const Real* weights, StoredRows<Stored> values, int64_t count, Real rescale,
+                                      Real* out) {
+  constexpr int n = kLanes<Real>;
+  Vec<Real> acc[kVectors] = {};
+  for (int64_t key = 0; key < count; ++key) {
+    const Vec<Real> weight = splat(weights[key]);
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; ++i) acc[i] += weight * load_as(values.data + key * values.stride + i * n);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kVectors; ++i) store(out + i * n, load(out + i * n) * rescale + acc[i]);
+}
+
+template <class Real, class Stored>
+TA_NOINLINE void decode_combine(const Real* weights, StoredRows<Stored> values, int64_t count, int64_t columns,
+                                Real rescale, Real* out) {
+  constexpr int n = kLanes<Real>;
+  int64_t column = 0;
+  for (; column + 8 * n <= columns; column += 8 * n) {
+    decode_combine_columns<Real, Stored, 8>(weights, {values.data + column, values.stride}, count, rescale,
+                                            out + column);
+  }
+  for (; column + 4 * n <= columns; column += 4 * n) {
+    decode_combine_columns<Real, Stored, 4>(weights, {values.data + column, values.stride}, count, rescale,
+                                            out + column);
+  }
+  for (; column < columns; column += n) {
+    decode_combine_columns<Real, Stored, 1>(weights, {values.data + column, values.stride}, count, rescale,
+                                            out + column);
+  }
+}
+
+template <class Real, class Stored>
+struct Decode {
+  using Math = VectorMath<Real>;
+  using Softmax = OnlineSoftmax<Math>;
+  static constexpr int kLaneCount = kLanes<Real>;
+
+  const AttentionProblem& p;
+  const ForwardOutputs& outputs;
+  Dropout dropout;
+  int64_t group, rows;           // rows: of all heads of a group
+  int64_t query_dim, value_dim;  // padded to whole vectors
+  int64_t pieces, piece_keys;
+  int64_t state_size;      // of one row: maximum, sum, output
+  Real* states = nullptr;  // [batch · kv head][piece][row][state], if pieces > 1
+
+  Decode(const AttentionProblem& problem, const ForwardOutputs& out, int64_t threads)
+      : p(problem),
+        outputs(out),
+        dropout(Dropout::make(problem.dropout_p, problem.philox_seed, problem.philox_offset)) {
+    group = p.heads / p.kv_heads;
+    rows = group * p.query_length;
+    query_dim = round_up(p.head_dim, kLaneCount);
+    value_dim = round_up(p.value_dim, kLaneCount);
+    state_size = 2 * kLaneCount + value_dim;
+    const int64_t heads = p.batch * p.kv_heads;
+    const int64_t wanted = heads >= threads ? 1 : (2 * threads + heads - 1) / heads;
+    const int64_t most = larger<int64_t>(1, p.key_length / kSplitKeys);
+    piece_keys =
+        larger(kDecodeKeys, round_up((p.key_length + smaller(wanted, most) - 1) / smaller(wanted, most), kDecodeKeys));
+    pieces = larger<int64_t>(1, (p.key_length + piece_keys - 1) / piece_keys);
+  }
+
+  int64_t items() const { return p.batch * p.kv_heads * pieces; }
+
+  int64_t head_of(int64_t kv_head, int64_t row) const { return kv_head * group + row / p.query_length; }
+
+  // One piece of the keys for all rows that read one key/value head.
+  void run(int64_t item, Scratch& scratch) const {
+    const int64_t piece = item % pieces, kv_head = item / pieces % p.kv_heads, batch = item / pieces / p.kv_heads;
+    Real* state = states == nullptr ? scratch.take<Real>(rows * state_size) : states + item * rows * state_size;
+    Real* query = scratch.take<Real>(rows * query_dim);
+    Stored* key_scratch = scratch.take<Stored>(kDecodeKeys * query_dim);
+    Stored* value_scratch = scratch.take<Stored>(kDecodeKeys * value_dim);
+    Real* scores = scratch.take<Real>(kDecodeKeys);
+    Real* bias = scratch.take<Real>(kDecodeKeys);
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t head = head_of(kv_head, row);
+      const char* first = element(p.query, batch, head, row % p.query_length);
+      load_rows(query + row * query_dim, query_dim, p.query, first, 1, p.head_dim);
+      start(state + row * state_size, batch, head, piece == 0);
+    }
+    const KeyRange any = band_mask(p, batch).keys_of_any(0, p.query_length);
+    const int64_t begin = larger(piece * piece_keys, any.begin), end = smaller((piece + 1) * piece_keys, any.end);
+    for (int64_t key = begin; key < end; key += kDecodeKeys) {
+      const int64_t keys = smaller(kDecodeKeys, end - key);
+      const StoredRows<Stored> key_rows = block_rows(p.key, batch, kv_head, key, keys, p.head_dim, key_scratch);
+      const StoredRows<Stored> value_rows = block_rows(p.value, batch, kv_head, key, keys, p.value_dim, value_scratch);
+      for (int64_t row = 0; row < rows; ++row) {
+        const ScoreStage<Real> stage(p, batch, head_of(kv_head, row));
+        decode_dots(query + row * query_dim, key_rows, round_up(keys, kLaneCount), query_dim, scores);
+        add_keys(stage, batch, head_of(kv_head, row), row % p.query_length, key, keys, value_rows, scores, bias,
+                 state + row * state_size);
+      }
+    }
+    if (pieces > 1) return;
+    for (int64_t row = 0; row < rows; ++row)
+      finish(batch, head_of(kv_head, row), row % p.query_length, state + row * state_size);
+  }
+
+  // Rows [row, row + count) of one head: in place where they come in whole vectors, else copied and padded with zeros.
+  StoredRows<Stored> block_rows(const TensorView& view, int64_t batch, int64_t head, int64_t row, int64_t count,
+                                int64_t columns, Stored* scratch) const {
+    const auto* first = reinterpret_cast<const Stored*>(element(view, batch, head, row));
+    if (count % kLaneCount == 0 && columns % kLaneCount == 0) return {first, view.stride[2]};
+    const int64_t stride = round_up(columns, kLaneCount), all_rows = round_up(count, kLaneCount);
+    __builtin_memset(static_cast<void*>(scratch), 0, all_rows * stride * sizeof(Stored));
+    for (int64_t i = 0; i < count; ++i) {
+      if (columns > 0) __builtin_memcpy(scratch + i * stride, first + i * view.stride[2], columns * sizeof(Stored));
+    }
+    return {scratch, stride};
+  }
+
+  // The sink joins the first piece only.
+  void start(Real* state, int64_t batch, int64_t head, bool first_piece) const {
+    const Real lowest = -static_cast<Real>(__builtin_inf());
+    const Real sink = p.sinks.defined() && first_piece ? head_number<Real>(p.sinks, batch, head) : lowest;
+    store(state, splat(sink));
+    store(state + kLaneCount, Vec<Real>{});
+    state[kLaneCount] = sink == lowest ? 0 : 1;
+    fill<Real>(state + 2 * kLaneCount, 0, value_dim);
+  }
+
+  // The score and softmax stages of one row, with lanes along the keys. A state's maximum is the same in all lanes; its
+  // sum is that over all lanes.
+  TA_NOINLINE void add_keys(const ScoreStage<Real>& stage, int64_t batch, int64_t head, int64_t row, int64_t key,
+                            int64_t keys, StoredRows<Stored> values, Real* scores, Real* bias, Real* state) const {
+    using Int = IntVec<Real>;
+    const KeyRange range = stage.band.keys_of_row(row);
+    const auto clamp = [&](int64_t x) { return x < 0 ? int64_t{0} : x > keys ? keys : x; };
+    const Int first = splat_int<Real>(clamp(range.begin - key)), last = splat_int<Real>(clamp(range.end - key)) - 1;
+    const Vec<Real> position = splat(static_cast<Real>(stage.band.position(row) - key));
+    if (stage.mask) load_row(bias, stage.mask_dtype, stage.mask_element(row, key), stage.mask_column_stride, keys);
+    const Vec<Real> old_maximum = load(state);
+    Vec<Real> highest = old_maximum;
+    for (int64_t j = 0; j < keys; j += kLaneCount) {
+      const Int number = lane_numbers<Real>() + static_cast<typename VecTypes<Real>::IntElement>(j);
+      Vec<Real> score = stage.mod.capped(load(scores + j));
+      if (stage.alibi) {
+        const Vec<Real> distance = __builtin_convertvector(number, Vec<Real>) - position;
+        score += ScoreMod<Math>::alibi_derivative(distance) * stage.mod.slope;
+      }
+      if (stage.mask) {
+        const Vec<Real> added = load(bias + j);
+        score = Math::select_equal(added, Math::negative_infinity(), Math::negative_infinity(), score + added);
+      }
+      score = (number < first) | (number > last) ? Math::negative_infinity() : score;
+      store(scores + j, score);
+      highest = max(highest, score);
+    }
+    Real maximum = highest[0];
+    for (int i = 1; i < kLaneCount; ++i) maximum = highest[i] > maximum ? highest[i] : maximum;
+    const Vec<Real> new_maximum = splat(maximum), subtracted = Softmax::safe_maximum(new_maximum);
+    const Vec<Real> rescale = Softmax::rescale(old_maximum, new_maximum);
+    Vec<Real> sum = load(state + kLaneCount) * rescale;
+    for (int64_t j = 0; j < keys; j += kLaneCount) {
+      const Vec<Real> weight = Math::exp(load(scores + j) - subtracted);
+      sum += weight;
+      store(scores + j, weight);
+    }
+    store(state, new_maximum);
+    store(state + kLaneCount, sum);
+    if (p.dropout_p > 0) drop(p.dropout_batch_head(batch, head), row, key, keys, scores);
+    decode_combine(scores, values, keys, value_dim, rescale[0], state + 2 * kLaneCount);
+  }
+
+  void drop(int64_t batch_head, int64_t row, int64_t key, int64_t keys, Real* weights) const {
+    const Real keep_scale = static_cast<Real>(Dropout::keep_scale(p.dropout_p));
+    for (int64_t j = 0; j < keys; ++j) weights[j] *= dropout.keep(batch_head, row, key + j) ? keep_scale : Real{0};
+  }
+
+  // Merges the pieces of one (batch, key/value head), into the first, and writes its rows out.
+  void merge(int64_t item) const {
+    Real* first_piece = states + item * pieces * rows * state_size;
+    for (int64_t row = 0; row < rows; ++row) {
+      Real* state = first_piece + row * state_size;
+      for (int64_t piece = 1; piece < pieces; ++piece) {
+        const Real* other = first_piece + (piece * rows + row) * state_size;
+        const Vec<Real> maximum = max(load(state), load(other));
+        const Vec<Real> rescale = Softmax::rescale(load(state), maximum),
+                        other_rescale = Softmax::rescale(load(other), maximum);
+        store(state, maximum);
+        for (int64_t i = kLaneCount; i < state_size; i += kLaneCount) {
+          store(state + i, load(state + i) * rescale + load(other + i) * other_rescale);
+        }
+      }
+      finish(item / p.kv_heads, head_of(item % p.kv_heads, row), row % p.query_length, state);
+    }
+  }
+
+  void finish(int64_t batch, int64_t head, int64_t row, Real* state) const {
+    const Vec<Real> sum = splat(sum_of_lanes<Real>(load(state + kLaneCount)));
+    const Vec<Real> inverse = Softmax::inverse_sum(sum);
+    static_cast<Real*>(outputs.logsumexp)[(batch * p.heads + head) * p.query_length + row] =
+        Softmax::logsumexp(load(state), sum)[0];
+    Real* out = state + 2 * kLaneCount;
+    for (int64_t i = 0; i < value_dim; i += kLaneCount) store(out + i, load(out + i) * inverse);
+    store_rows(outputs.out, element(outputs.out, batch, head, row), out, value_dim, 1, p.value_dim);
+  }
+};
+
+template <class Real, class Stored>
+void decode_stored(const AttentionProblem& problem, const ForwardOutputs& outputs, const Parallel& parallel) {
+  Decode<Real, Stored> decode(problem, outputs, parallel.threads < 1 ? 1 : parallel.threads);
+  Scratch shared;
+  if (decode.pieces > 1) decode.states = shared.take<Real>(decode.items() * decode.rows * decode.state_size);
+  for_each_item(parallel, decode.items(), [&](int64_t item, Scratch& scratch) { decode.run(item, scratch); });
+  if (decode.pieces > 1) {
+    for_each_item(parallel, problem.batch * problem.kv_heads, [&](int64_t item, Scratch&) { decode.merge(item); });
+  }
+}
+
+template <class Real>
+void decode_as(const AttentionProblem& problem, const ForwardOutputs& outputs, const Parallel& parallel) {
+  if constexpr (sizeof(Real) == 8) {
+    decode_stored<Real, double>(problem, outputs, parallel);
+  } else if (problem.dtype == ScalarType::kBFloat16) {
+    decode_stored<Real, BFloat16>(problem, outputs, parallel);
+  } else if (problem.dtype == ScalarType::kFloat16) {
+    decode_stored<Real, Float16>(problem, outputs, parallel);
+  } else {
+    decode_stored<Real, float>(problem, outputs, parallel);
+  }
+}
+
+}  // namespace torch_attn::cpu::TORCH_ATTN_ISA

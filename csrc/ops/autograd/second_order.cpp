@@ -1,0 +1,203 @@
+// Differentiation of the derivatives: attention_backward and attention_jvp.
+//
+// Both are derivatives of phi(x) = <grad_out, out(x)> + <grad_logsumexp, logsumexp(x)>, where x are the inputs.
+// backward gives its gradient, B(x). For cotangents u of B's results, <B(x), u> is phi's derivative along u, so that
+//   its gradient with respect to grad_out and grad_logsumexp is attention_jvp's tangent along u, and
+//   its gradient with respect to x is the tangent of B along u: attention_backward_jvp.
+// attention_jvp is linear in its tangents: their gradient is attention_backward of the tangents' cotangents, and that
+// of x is again attention_backward_jvp. All second derivatives are thus fused; third ones go through the composite
+// formula.
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/zeros_like.h>
+
+#include "ops/autograd/saved_call.h"
+#include "ops/autograd/tangents.h"
+#include "ops/composite/formula.h"
+
+namespace torch_attn::ops {
+namespace {
+
+Tensor or_zeros(const Tensor& t, const Tensor& like) { return t.defined() ? t : at::zeros_like(like); }
+
+bool any(const OutputMask& mask) {
+  return std::any_of(mask.begin(), mask.end(), [](bool b) { return b; });
+}
+
+class BackwardFunction : public torch::autograd::Function<BackwardFunction> {
+ public:
+  static constexpr bool is_traceable = true;
+
+  static variable_list forward(AutogradContext* context, at::TensorList, const BackwardArguments* a,
+                               TransformState* transforms) {
+    const BelowAutograd guard(*transforms);
+    const auto results = as_array(AttentionBackward::call(*a));
+    context->set_materialize_grads(false);
+    const Inputs inputs = inputs_of(*a);
+    variable_list saved(inputs.begin(), inputs.end());
+    saved.insert(saved.end(), {or_undefined(a->options.key_lengths), a->out.detach(), a->logsumexp.detach(),
+                               a->rng_state, a->grad_out, or_undefined(a->grad_logsumexp)});
+    context->save_for_backward(std::move(saved));
+    save_options(*context, a->options);
+    return {results.begin(), results.end()};
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& cotangents) {
+    const variable_list saved = context->get_saved_variables();
+    const Tensor &grad_out = saved[10], &grad_logsumexp = saved[11];
+    Edges edges(*context);
+    edges.next_is_wanted(grad_out);
+    const size_t first_input = 1 + edges_of(grad_logsumexp, edges);
+    OutputMask wanted;
+    for (size_t i = 0; i < kGradients; ++i) wanted[i] = edges.next_is_wanted(saved[i]);
+    variable_list results(edges.count() + kOtherArguments);
+
+    const Tangents along = as_tangents(cotangents);
+    if (present(inputs_of(along)).empty()) return results;
+    const Options options = saved_options(*context, saved, saved[6]);
+    const auto [out, logsumexp, tangent_out, tangent_logsumexp] =
+        AttentionJvp::call({saved[kQuery], saved[kKey], saved[kValue], saved[9], along, options});
+    results[0] = tangent_out;
+    if (grad_logsumexp.defined()) results[1] = tangent_logsumexp;
+    if (!any(wanted)) return results;
+    const auto gradients = as_array(AttentionBackwardJvp::call(
+        {grad_out, or_none(grad_logsumexp), saved[kQuery], saved[kKey], saved[kValue], saved[7], saved[8], saved[9],
+         tangent_out, tangent_logsumexp, std::nullopt, std::nullopt, along, options, wanted}));
+    for (size_t i = 0, edge = first_input; i < kGradients; ++i) {
+      if (!saved[i].defined()) continue;
+      if (wanted[i]) results[edge] = gradients[i];
+      ++edge;
+    }
+    return results;
+  }
+
+ private:
+  static size_t edges_of(const Tensor& saved, Edges& edges) {
+    edges.next_is_wanted(saved);
+    return saved.defined() ? 1 : 0;
+  }
+};
+
+BackwardResult attention_backward_autograd(const BackwardArguments& a) {
+  const Inputs inputs = inputs_of(a);
+  const std::array<Tensor, 2> gradients = {a.grad_out, or_undefined(a.grad_logsumexp)};
+  const auto any_holds = [&](auto&& predicate) {
+    return std::any_of(inputs.begin(), inputs.end(), predicate) ||
+           std::any_of(gradients.begin(), gradients.end(), predicate);
+  };
+  const bool is_differentiated = at::GradMode::is_enabled() && any_holds(requires_grad);
+  if (any_holds(has_tangent)) return is_differentiated ? composite::attention_backward(a) : backward_with_tangents(a);
+  if (is_differentiated) {
+    const auto r = apply<BackwardFunction>(present(gradients, inputs), a);
+    return {r[0], r[1], r[2], r[3], r[4], r[5]};
+  }
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return AttentionBackward::call(a);
+}
+
+class JvpFunction : public torch::autograd::Function<JvpFunction> {
+ public:
+  static constexpr bool is_traceable = true;
+
+  struct Arguments {
+    const JvpArguments& jvp;
+    const Inputs& saved_inputs;
+  };
+
+  static variable_list forward(AutogradContext* context, at::TensorList, const Arguments* arguments,
+                               TransformState* transforms) {
+    const BelowAutograd guard(*transforms);
+    const JvpArguments* a = &arguments->jvp;
+    const auto results = as_array(AttentionJvp::call(*a));
+    context->set_materialize_grads(false);
+    const Inputs &inputs = arguments->saved_inputs, tangents = inputs_of(a->tangents);
+    variable_list saved(inputs.begin(), inputs.end());
+    saved.insert(saved.end(), {or_undefined(a->options.key_lengths), a->rng_state});
+    saved.insert(saved.end(), results.begin(), results.end());
+    saved.insert(saved.end(), tangents.begin(), tangents.end());
+    context->save_for_backward(std::move(saved));
+    save_options(*context, a->options);
+    return {results.begin(), results.end()};
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& gradients) {
+    const variable_list saved = context->get_saved_variables();
+    const variable_list tangents(saved.begin() + 12, saved.end());
+    Edges edges(*context);
+    OutputMask inputs_wanted, tangents_wanted;
+    for (size_t i = 0; i < kGradients; ++i) inputs_wanted[i] = edges.next_is_wanted(saved[i]);
+    const size_t first_tangent = edges.count();
+    for (size_t i = 0; i < kGradients; ++i) tangents_wanted[i] = edges.next_is_wanted(tangents[i]);
+    variable_list results(edges.count() + kOtherArguments);
+
+    const Tensor &out = saved[8], &logsumexp = saved[9];
+    const Options options = saved_options(*context, saved, saved[6]);
+    const auto add = [&](const variable_list& slots, size_t edge, const OutputMask& wanted,
+                         const BackwardResult& computed) {
+      const auto values = as_array(computed);
+      for (size_t i = 0; i < kGradients; ++i) {
+        if (!slots[i].defined()) continue;
+        if (wanted[i]) results[edge] = results[edge].defined() ? results[edge] + values[i] : values[i];
+        ++edge;
+      }
+    };
+    const auto backward_of = [&](const Tensor& grad_out, const Tensor& grad_logsumexp, const OutputMask& wanted) {
+      return AttentionBackward::call({or_zeros(grad_out, out), or_none(grad_logsumexp), saved[kQuery], saved[kKey],
+                                      saved[kValue], out, logsumexp, saved[7], options, wanted});
+    };
+    if ((gradients[0].defined() || gradients[1].defined()) && any(inputs_wanted))
+      add(saved, 0, inputs_wanted, backward_of(gradients[0], gradients[1], inputs_wanted));
+    if (gradients[2].defined() || gradients[3].defined()) {
+      if (any(tangents_wanted))
+        add(tangents, first_tangent, tangents_wanted, backward_of(gradients[2], gradients[3], tangents_wanted));
+      if (any(inputs_wanted))
+        add(saved, 0, inputs_wanted,
+            AttentionBackwardJvp::call({or_zeros(gradients[2], out), or_none(gradients[3]), saved[kQuery], saved[kKey],
+                                        saved[kValue], out, logsumexp, saved[7], saved[10], saved[11], std::nullopt,
+                                        std::nullopt, as_tangents(tangents), options, inputs_wanted}));
+    }
+    return results;
+  }
+};
+
+JvpResult attention_jvp_autograd(const JvpArguments& a) {
+  const Inputs inputs = inputs_of(a), tangents = inputs_of(a.tangents);
+  const bool has_tangents = std::any_of(inputs.begin(), inputs.end(), has_tangent) ||
+                            std::any_of(tangents.begin(), tangents.end(), has_tangent);
+  return has_tangents ? composite::attention_jvp(a) : differentiable_jvp(a, inputs);
+}
+
+BackwardResult attention_backward_jvp_autograd(const BackwardJvpArguments& a) {
+  const Inputs inputs = inputs_of(a), tangents = inputs_of(a.tangents);
+  const std::array<Tensor, 4> gradients = {a.grad_out, or_undefined(a.grad_logsumexp), or_undefined(a.tangent_grad_out),
+                                           or_undefined(a.tangent_grad_logsumexp)};
+  const auto any_holds = [&](auto&& predicate) {
+    return std::any_of(inputs.begin(), inputs.end(), predicate) ||
+           std::any_of(tangents.begin(), tangents.end(), predicate) ||
+           std::any_of(gradients.begin(), gradients.end(), predicate);
+  };
+  if (any_holds(has_tangent) || (at::GradMode::is_enabled() && any_holds(requires_grad)))
+    return composite::attention_backward_jvp(a);
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return AttentionBackwardJvp::call(a);
+}
+
+}  // namespace
+
+JvpResult differentiable_jvp(const JvpArguments& a, const Inputs& saved_inputs) {
+  const Inputs inputs = inputs_of(a), tangents = inputs_of(a.tangents);
+  if (at::GradMode::is_enabled() && (std::any_of(inputs.begin(), inputs.end(), requires_grad) ||
+                                     std::any_of(tangents.begin(), tangents.end(), requires_grad))) {
+    const auto r = apply<JvpFunction>(present(inputs, tangents), JvpFunction::Arguments{a, saved_inputs});
+    return {r[0], r[1], r[2], r[3]};
+  }
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return AttentionJvp::call(a);
+}
+
+TORCH_LIBRARY_IMPL(torch_attn, Autograd, m) {
+  m.impl("attention_backward", AttentionBackward::kernel<attention_backward_autograd>);
+  m.impl("attention_jvp", AttentionJvp::kernel<attention_jvp_autograd>);
+  m.impl("attention_backward_jvp", AttentionBackwardJvp::kernel<attention_backward_jvp_autograd>);
+}
+
+}  // namespace torch_attn::ops

@@ -1,0 +1,89 @@
+// Every wrapper of csrc/cuda/ptx.cuh on one warp and given data. Compiled by nvcc for a GPU and by the emulator's build
+// for the CPU; test_conformance.py compares the two with each other and with torch.
+#include "cuda/launch.h"
+#include "cuda/ptx.cuh"
+
+namespace torch_attn::cuda {
+namespace {
+
+constexpr int kInputWords = 16, kOutputWords = 20;  // a lane
+constexpr int kSharedBytes = 2 * 32 * 16;
+
+template <class T>
+__global__ void conformance_kernel(const uint32_t* in, uint32_t* out) {
+  TA_DYNAMIC_SHARED(memory);
+  const int lane = threadIdx.x;
+  const auto bits = [](float x) {
+    uint32_t word;
+    memcpy(&word, &x, 4);
+    return word;
+  };
+  in += lane * kInputWords;
+  out += lane * kOutputWords;
+
+  // 0 … 3: conversions and 2^x.
+  const T low{static_cast<uint16_t>(in[0])}, high{static_cast<uint16_t>(in[0] >> 16)};
+  const float x = ptx::to_float(low), y = ptx::to_float(high);
+  out[0] = bits(x);
+  out[1] = bits(y);
+  out[2] = ptx::pack(x * 1.0001f, y * 0.9999f, T{});
+  out[3] = bits(ptx::ex2_approx(x));
+
+  // 4: a copy, and one that only fills with zeros.
+  ptx::cp_async_16(memory + 16 * lane, in, true);
+  ptx::cp_async_commit();
+  ptx::cp_async_16(memory + 16 * (32 + lane), in, false);
+  ptx::cp_async_commit();
+  ptx::cp_async_wait<1>();
+  __syncthreads();
+  ptx::cp_async_wait<0>();
+  __syncthreads();
+  out[4] = reinterpret_cast<const uint32_t*>(memory)[4 * (32 + lane)];
+
+  // 5 … 12: four 8x8 matrices, whose rows lie one after the other.
+  uint32_t rows[4], columns[4];
+  ptx::ldmatrix_x4(rows, memory + 16 * lane);
+  ptx::ldmatrix_x4_trans(columns, memory + 16 * lane);
+  for (int i = 0; i < 4; ++i) {
+    out[5 + i] = rows[i];
+    out[9 + i] = columns[i];
+  }
+
+  // 13 … 16: d = a · b + c, with a, b and c straight from the input.
+  const uint32_t a[4] = {in[4], in[5], in[6], in[7]};
+  float d[4];
+  for (int i = 0; i < 4; ++i) d[i] = ptx::to_float(T{static_cast<uint16_t>(in[10 + i])});
+  ptx::mma_m16n8k16(d, a, in[8], in[9], T{});
+  for (int i = 0; i < 4; ++i) out[13 + i] = bits(d[i]);
+
+  // 17 … 19: shuffles.
+  out[17] = __shfl_xor_sync(~0u, in[0], 5);
+  out[18] = __shfl_sync(~0u, in[0], (lane * 7 + 3) % 32);
+  out[19] = __shfl_down_sync(~0u, in[0], 3);
+}
+
+void run(bool bfloat16, const uint32_t* in, uint32_t* out) {
+  launch(bfloat16 ? conformance_kernel<BFloat16> : conformance_kernel<Float16>, 1, 32, kSharedBytes, Stream{}, in, out);
+}
+
+}  // namespace
+}  // namespace torch_attn::cuda
+
+// in: 32 x 16 words of pairs of 16-bit numbers; out: 32 x 20 words. Both in host memory. Returns 0, or the CUDA error.
+extern "C" int run_conformance(bool bfloat16, const uint32_t* in, uint32_t* out) {
+  using namespace torch_attn::cuda;
+#if defined(__CUDACC__)
+  constexpr size_t kIn = 32 * kInputWords * sizeof(uint32_t), kOut = 32 * kOutputWords * sizeof(uint32_t);
+  uint32_t *device_in = nullptr, *device_out = nullptr;
+  if (cudaMalloc(&device_in, kIn) || cudaMalloc(&device_out, kOut)) return cudaGetLastError();
+  cudaMemcpy(device_in, in, kIn, cudaMemcpyHostToDevice);
+  run(bfloat16, device_in, device_out);
+  const int error = cudaMemcpy(out, device_out, kOut, cudaMemcpyDeviceToHost);
+  cudaFree(device_in);
+  cudaFree(device_out);
+  return error;
+#else
+  run(bfloat16, in, out);
+  return 0;
+#endif
+}
