@@ -70,7 +70,7 @@ BackwardResult run_backward(const BackwardArguments& a, Run&& run) {
   Tensor grad_query = allocate(kQuery, a.query, t.grad_query);
   Tensor grad_key = allocate(kKey, a.key, t.grad_key);
   Tensor grad_value = allocate(kValue, a.value, t.grad_value);
-  Tensor grad_mask = no_gradient(a.query), grad_slopes = grad_mask;
+  Tensor grad_mask = no_gradient(a.query), grad_slopes = no_gradient(a.query);  // outputs must not alias
   if (a.output_mask[kAttnMask]) {
     grad_mask = at::empty(a.options.attn_mask->sizes(), accumulator);
     t.grad_attn_mask = view_of(grad_mask);

@@ -34,7 +34,7 @@ BAD_CALLS: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
     ("alignment", (Q, K, K), {"causal_alignment": "left"}, "causal_alignment.*left"),
     ("softcap", (Q, K, K), {"softcap": -1.0}, "softcap.*-1"),
     ("alibi_shape", (Q, K, K), {"alibi_slopes": x(3)}, "alibi_slopes.*3"),
-    ("sinks_shape", (Q, K, K), {"sinks": x(2, 4)}, "sinks.*2, 4"),
+    ("sinks_shape", (Q, K, K), {"sinks": x(3)}, "sinks.*3"),
     ("key_lengths_shape", (Q, K, K), {"key_lengths": torch.tensor([1, 2, 3])}, "key_lengths.*3"),
     ("key_lengths_dtype", (Q, K, K), {"key_lengths": x(2)}, "key_lengths"),
     ("key_lengths_range", (Q, K, K), {"key_lengths": torch.tensor([3, 8])}, "key_lengths.*8"),

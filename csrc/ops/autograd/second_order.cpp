@@ -9,6 +9,7 @@
 // formula.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/zeros_like.h>
+#include <torch/csrc/autograd/autograd.h>
 
 #include "ops/autograd/saved_call.h"
 #include "ops/autograd/tangents.h"
@@ -166,17 +167,98 @@ JvpResult attention_jvp_autograd(const JvpArguments& a) {
   return has_tangents ? composite::attention_jvp(a) : differentiable_jvp(a, inputs);
 }
 
+// Third derivatives. Forward is fused, as torch.func records every derivative whether or not it is differentiated
+// again; backward evaluates the composite formula anew and differentiates that.
+class BackwardJvpFunction : public torch::autograd::Function<BackwardJvpFunction> {
+ public:
+  static constexpr bool is_traceable = true;
+
+  static variable_list forward(AutogradContext* context, at::TensorList, const BackwardJvpArguments* a,
+                               TransformState* transforms) {
+    const BelowAutograd guard(*transforms);
+    const auto results = as_array(AttentionBackwardJvp::call(*a));
+    context->set_materialize_grads(false);
+    const auto inputs = differentiable(*a);
+    variable_list saved(inputs.begin(), inputs.end());
+    saved.insert(saved.end(), {or_undefined(a->options.key_lengths), a->out.detach(), a->logsumexp.detach(),
+                               a->rng_state, a->tangent_out.detach(), a->tangent_logsumexp.detach()});
+    context->save_for_backward(std::move(saved));
+    save_options(*context, a->options);
+    c10::List<bool> wanted;
+    for (const bool b : a->output_mask) wanted.push_back(b);
+    context->saved_data["output_mask"] = wanted;
+    return {results.begin(), results.end()};
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& cotangents) {
+    const bool create_graph = at::GradMode::is_enabled();
+    const at::AutoGradMode enabled(true);
+    variable_list saved = context->get_saved_variables();
+    Edges edges(*context);
+    variable_list inputs;
+    std::vector<size_t> places;
+    for (size_t i = 0; i < kInputs; ++i) {
+      const size_t edge = edges.count();
+      if (!edges.next_is_wanted(saved[i])) continue;
+      saved[i] = saved[i].view_as(saved[i]);  // the gradient of this evaluation's input, not of what lies before it
+      inputs.push_back(saved[i]);
+      places.push_back(edge);
+    }
+    variable_list results(edges.count() + kOtherArguments);
+
+    const variable_list primals(saved.begin() + 2, saved.begin() + 8), tangents(saved.begin() + 10, saved.end());
+    const auto& fixed = saved.begin() + kInputs;
+    BackwardJvpArguments a{saved[0],
+                           or_none(saved[1]),
+                           primals[kQuery],
+                           primals[kKey],
+                           primals[kValue],
+                           fixed[1],
+                           fixed[2],
+                           fixed[3],
+                           fixed[4],
+                           fixed[5],
+                           or_none(saved[8]),
+                           or_none(saved[9]),
+                           as_tangents(tangents),
+                           saved_options(*context, primals, fixed[0])};
+    const c10::List<bool> wanted = context->saved_data["output_mask"].toBoolList();
+    for (size_t i = 0; i < kGradients; ++i) a.output_mask[i] = wanted[i];
+    const auto outputs = as_array(composite::attention_backward_jvp(a));
+
+    variable_list differentiated, along;
+    for (size_t i = 0; i < kGradients; ++i) {
+      if (!cotangents[i].defined() || !outputs[i].requires_grad()) continue;
+      differentiated.push_back(outputs[i]);
+      along.push_back(cotangents[i]);
+    }
+    if (differentiated.empty() || inputs.empty()) return results;
+    const variable_list gradients =
+        torch::autograd::grad(differentiated, inputs, along, std::nullopt, create_graph, /*allow_unused=*/true);
+    for (size_t i = 0; i < places.size(); ++i) results[places[i]] = gradients[i];
+    return results;
+  }
+
+  static constexpr size_t kInputs = 4 + 2 * kGradients;
+
+  static std::array<Tensor, kInputs> differentiable(const BackwardJvpArguments& a) {
+    std::array<Tensor, kInputs> r = {a.grad_out, or_undefined(a.grad_logsumexp)};
+    const Inputs inputs = inputs_of(a), tangents = inputs_of(a.tangents);
+    std::copy(inputs.begin(), inputs.end(), r.begin() + 2);
+    r[8] = or_undefined(a.tangent_grad_out);
+    r[9] = or_undefined(a.tangent_grad_logsumexp);
+    std::copy(tangents.begin(), tangents.end(), r.begin() + 10);
+    return r;
+  }
+};
+
 BackwardResult attention_backward_jvp_autograd(const BackwardJvpArguments& a) {
-  const Inputs inputs = inputs_of(a), tangents = inputs_of(a.tangents);
-  const std::array<Tensor, 4> gradients = {a.grad_out, or_undefined(a.grad_logsumexp), or_undefined(a.tangent_grad_out),
-                                           or_undefined(a.tangent_grad_logsumexp)};
-  const auto any_holds = [&](auto&& predicate) {
-    return std::any_of(inputs.begin(), inputs.end(), predicate) ||
-           std::any_of(tangents.begin(), tangents.end(), predicate) ||
-           std::any_of(gradients.begin(), gradients.end(), predicate);
-  };
-  if (any_holds(has_tangent) || (at::GradMode::is_enabled() && any_holds(requires_grad)))
-    return composite::attention_backward_jvp(a);
+  const auto inputs = BackwardJvpFunction::differentiable(a);
+  if (std::any_of(inputs.begin(), inputs.end(), has_tangent)) return composite::attention_backward_jvp(a);
+  if (at::GradMode::is_enabled() && std::any_of(inputs.begin(), inputs.end(), requires_grad)) {
+    const auto r = apply<BackwardJvpFunction>(present(inputs), a);
+    return {r[0], r[1], r[2], r[3], r[4], r[5]};
+  }
   const at::AutoDispatchBelowADInplaceOrView guard;
   return AttentionBackwardJvp::call(a);
 }
