@@ -52,7 +52,8 @@ def main() -> None:
         results.append(result)
         tqdm.write(report.format_row(result))
     for limit in limits.values():
-        print(f"{limit['threads']} threads: FMA peak {limit['fma'] / 1e9:.0f} GFLOP/s, read {limit['read'] / 1e9:.1f} GB/s")
+        fma, read = limit["fma"] / 1e9, limit["read"] / 1e9
+        print(f"{limit['threads']} threads: FMA peak {fma:.0f} GFLOP/s, read {read:.1f} GB/s")
     for name, mean in report.geometric_means(results).items():
         print(f"geometric mean, {name}: {mean:.2f}x")
     if args.name:

@@ -39,7 +39,7 @@ class Case:
         return 0.5 if self.options.get("is_causal") else 1.0
 
     def flops(self, mode: str) -> float:
-        """Multiply-adds count two. Forward is 2 matrix products, backward 5 (FlashAttention's convention: 3.5 in all)."""
+        """Multiply-adds count two. Forward is 2 matrix products, backward 5: 3.5 times forward's in all."""
         products = 4 * self.batch * self.heads * self.query_length * self.key_length * self.head_dim
         return products * self.visible_share() * (1 if mode == "forward" else 3.5)
 

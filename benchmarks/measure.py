@@ -32,8 +32,8 @@ class Timing:
 def interleave(contenders: Sequence[Callable[[], object]], seconds: float, min_rounds: int = 5) -> Timing:
     """Time the contenders in turn for about ``seconds``.
 
-    With one torch thread the clock is that thread's CPU time, which a busy neighbour hardly disturbs; with several it is
-    wall time. Calls shorter than a millisecond are repeated within a round.
+    With one torch thread the clock is that thread's CPU time, which a busy neighbour hardly disturbs; with several it
+    is wall time. Calls shorter than a millisecond are repeated within a round.
     """
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     repeats = []

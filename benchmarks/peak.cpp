@@ -1,5 +1,5 @@
-// The machine's limits, measured in the benchmark's own process: fused multiply-adds in registers, and a streaming read.
-// Compiled by benchmarks/peak.py with -march=native.
+// The machine's limits, measured in the benchmark's own process: fused multiply-adds in registers, and a streaming
+// read. Compiled by benchmarks/peak.py with -march=native.
 #include <cstdint>
 
 #if defined(__AVX512F__)

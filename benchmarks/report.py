@@ -15,13 +15,18 @@ import torch
 
 from .run import Result
 
-HEADER = f"{'case':40} {'dtype':9} {'mode':17} {'thr':>3} {'speedup (quartiles)':>22} {'% peak':>7} {'error ours/torch':>20}"
+HEADER = (
+    f"{'case':40} {'dtype':9} {'mode':17} {'thr':>3} {'speedup (quartiles)':>22} {'% peak':>7} {'error ours/torch':>20}"
+)
 
 
 def format_row(r: Result) -> str:
     speed = f"{r.speedup:6.2f}x ({r.speedup_low:.2f} to {r.speedup_high:.2f})"
     error = "" if r.error_ours is None or r.error_torch is None else f"{r.error_ours:.1e} / {r.error_torch:.1e}"
-    share = f"{100 * r.share_of_bandwidth:4.0f}% bw" if r.share_of_bandwidth is not None else f"{100 * r.share_of_peak:6.0f}%"
+    if r.share_of_bandwidth is not None:
+        share = f"{100 * r.share_of_bandwidth:4.0f}% bw"
+    else:
+        share = f"{100 * r.share_of_peak:6.0f}%"
     return f"{r.case:40} {r.dtype:9} {r.mode:17} {r.threads:3d} {speed:>22} {share:>7} {error:>20}"
 
 

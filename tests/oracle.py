@@ -94,11 +94,11 @@ def assert_as_accurate_as_torch(call: Call, forward_factor: float, gradient_fact
     """Every output's error against float64 is within a factor of what plain torch math does in the same dtype.
 
     For bfloat16 and float16 the yardstick of out and logsumexp is torch's math computed in float32 and rounded at the
-    end, as SDPA's math path does; that of gradients is torch's math in the dtype itself, FlashAttention's convention: a
-    backward that reads the rounded output cannot be held to the former. AMX, whose products take bfloat16 weights, is
-    judged by the latter forward, too. Where the yardstick's own error happens to vanish, a few units in the last place of
-    the accumulator are granted; in float64 there is no yardstick but these. A gradient that sums over many rows, ALiBi's
-    with the distances as factors, is granted what rounding each row's output adds up to at random.
+    end, as SDPA's math path does; that of gradients is torch's math in the dtype itself, FlashAttention's convention:
+    a backward that reads the rounded output cannot be held to the former. AMX, whose products take bfloat16 weights,
+    is judged by the latter forward, too. Where the yardstick's own error happens to vanish, a few units in the last
+    place of the accumulator are granted; in float64 there is no yardstick but these. A gradient that sums over many
+    rows, ALiBi's with the distances as factors, is granted what rounding each row's output adds up to at random.
     """
     dtype = call.query.dtype
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
@@ -118,7 +118,7 @@ def assert_as_accurate_as_torch(call: Call, forward_factor: float, gradient_fact
         if name.removeprefix("grad_") in DIFFERENTIABLE_OPTIONS:
             rows_summed = max(1.0, actual["logsumexp"].numel() / max(1, value.numel()))
             distance = call.key.size(2) if name == "grad_alibi_slopes" else 1
-            rounding = 16 * eps + (0.25 * torch.finfo(dtype).eps if dtype != accumulator and rows_summed > 1 else 0.0)
+            rounding = 16 * eps + (torch.finfo(dtype).eps if dtype != accumulator and rows_summed > 1 else 0.0)
             bound += rounding * math.sqrt(rows_summed) * distance
         error = max_error(value, exact[name])
         assert error <= bound, f"{name}: error {error:.3g} exceeds {factor} x torch's {torchs:.3g}"

@@ -28,9 +28,7 @@ def test_equals_torch(options: dict) -> None:
     expected = F.scaled_dot_product_attention(*inputs, **options)
     torch.testing.assert_close(out, expected)
     grad = torch.randn_like(out)
-    for a, b in zip(
-        torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True
-    ):
+    for a, b in zip(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True):
         torch.testing.assert_close(a, b)
 
 

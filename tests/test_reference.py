@@ -1,4 +1,4 @@
-"""The reference, which judges every kernel, is itself checked: against torch where torch can say it, by hand elsewhere."""
+"""The reference, which judges every kernel, is checked against torch where torch can say it, by hand elsewhere."""
 
 from __future__ import annotations
 

@@ -81,10 +81,11 @@ def attention(
     key_lengths: Tensor | None = None,
     keep_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """softmax(softcap(scale · QKᵀ) + ALiBi + mask) V for query (B, Hq, L, D), key (B, Hkv, S, D), value (B, Hkv, S, Dv).
+    """softmax(softcap(scale · QKᵀ) + ALiBi + mask) V.
 
-    The options are those of :func:`torch_attn.attention`; ``keep_mask``, bool (B, Hq, L, S), holds the weights that
-    dropout keeps. Returns the output (B, Hq, L, Dv), logsumexp (B, Hq, L) and the weights (B, Hq, L, S) after dropout.
+    Shapes: query (B, Hq, L, D), key (B, Hkv, S, D), value (B, Hkv, S, Dv). The options are those of
+    :func:`torch_attn.attention`; ``keep_mask``, bool (B, Hq, L, S), holds the weights that dropout keeps. Returns the
+    output (B, Hq, L, Dv), logsumexp (B, Hq, L) and the weights (B, Hq, L, S) after dropout.
     """
     heads, query_length, head_dim = query.shape[-3:]
     key_length = key.size(-2)

@@ -15,8 +15,8 @@ struct OnlineSoftmax {
   TA_HOST_DEVICE static Value safe_maximum(Value maximum) {
     return Math::select_equal(maximum, Math::negative_infinity(), Math::splat(0), maximum);
   }
-  // What the sum and the output gathered so far are multiplied by when the maximum moves up. 1 where nothing changed, so
-  // that an infinite maximum does not become NaN.
+  // What the sum and the output gathered so far are multiplied by when the maximum moves up. 1 where nothing changed,
+  // so that an infinite maximum does not become NaN.
   TA_HOST_DEVICE static Value rescale(Value old_maximum, Value new_maximum) {
     return Math::select_equal(old_maximum, new_maximum, Math::splat(1), Math::exp(old_maximum - new_maximum));
   }

@@ -16,7 +16,12 @@ std::string build_info() {
 #else
   const std::string compiler = "GCC " __VERSION__;
 #endif
-  return "torch " TORCH_VERSION ", " + compiler + ", CUDA off";
+#if defined(TORCH_ATTN_WITH_CUDA)
+  const std::string cuda = "CUDA on";
+#else
+  const std::string cuda = "CUDA off";
+#endif
+  return "torch " TORCH_VERSION ", " + compiler + ", " + cuda;
 }
 
 std::string cpu_isa() { return cpu::isa_name(cpu::active_isa()); }

@@ -42,10 +42,16 @@ Tensor checked_key_lengths(const Tensor& key_lengths, int64_t key_length) {
 }
 
 void set_rng_state(AttentionProblem& p, const Tensor& rng_state) {
-  const Tensor state = rng_state.contiguous();
-  p.philox_seed = static_cast<uint64_t>(state.const_data_ptr<int64_t>()[0]);
-  p.philox_offset = static_cast<uint64_t>(state.const_data_ptr<int64_t>()[1]);
-  p.dropout_batches = state.const_data_ptr<int64_t>()[2];
+  TORCH_CHECK(rng_state.is_contiguous(), "attention: rng_state must be contiguous, but its stride is ",
+              rng_state.stride(0), ".");
+  const int64_t* state = rng_state.const_data_ptr<int64_t>();
+  if (!rng_state.is_cpu()) {  // in device memory: the kernel reads it
+    p.rng_state = state;
+    return;
+  }
+  p.philox_seed = static_cast<uint64_t>(state[0]);
+  p.philox_offset = static_cast<uint64_t>(state[1]);
+  p.dropout_batches = state[2];
 }
 
 }  // namespace

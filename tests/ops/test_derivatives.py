@@ -143,5 +143,6 @@ def test_functional_call_in_inference_mode() -> None:
     module = torch.nn.Linear(4, 4, dtype=torch.float64)
     query, key, value = qkv(1, 2, 5, 4)
     with torch.inference_mode():
-        projected = functional_call(module, {"weight": torch.eye(4).double(), "bias": torch.zeros(4).double()}, (query,))
+        parameters = {"weight": torch.eye(4).double(), "bias": torch.zeros(4).double()}
+        projected = functional_call(module, parameters, (query,))
         torch.testing.assert_close(ours(projected, key, value), plain(query, key, value))

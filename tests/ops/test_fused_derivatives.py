@@ -1,4 +1,4 @@
-"""First and second derivatives of every kind stay in the kernels: no operator in them returns anything of the scores' size."""
+"""First and second derivatives of every kind stay in the kernels: no operator returns anything of the scores' size."""
 
 from __future__ import annotations
 
@@ -120,7 +120,8 @@ def test_opcheck_forward_mode_operators() -> None:
     args = (query, key, value, state, *tangents, None, None, None)
     torch.library.opcheck(ops.attention_jvp.default, args, {"is_causal": True})
     grad_out = torch.randn_like(out)
-    args = (grad_out, None, query, key, value, out, logsumexp, state, torch.randn_like(out), torch.randn_like(logsumexp))
+    output_tangents = torch.randn_like(out), torch.randn_like(logsumexp)
+    args = (grad_out, None, query, key, value, out, logsumexp, state, *output_tangents)
     args = (*args, None, None, *tangents, None, None, None)
     wanted = [True, True, True, False, False, False]
     torch.library.opcheck(ops.attention_backward_jvp.default, args, {"output_mask": wanted})

@@ -1,4 +1,4 @@
-"""Each CPU kernel, on each instruction set and in each dtype, is as accurate as torch's own math, forward and backward."""
+"""Each CPU kernel, on each instruction set and in each dtype, is as accurate as torch's math, forward and backward."""
 
 from __future__ import annotations
 

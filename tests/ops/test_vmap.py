@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -48,6 +49,10 @@ def one_by_one(function: Callable[..., Any], tensors: dict[str, Tensor], dims: d
     return torch.utils._pytree.tree_map(lambda *xs: torch.stack(xs), *samples)
 
 
+def by_name(function: Callable[..., Any], names: list[str], *values: Tensor) -> Any:
+    return function(**dict(zip(names, values, strict=True)))
+
+
 def mapped_in_turn(case: Case) -> list[dict[str, int | None]]:
     """Everything mapped, and each tensor mapped alone, in dimensions that differ."""
     tensors, _ = arguments(case)
@@ -73,9 +78,8 @@ def test_forward_with_any_in_dims(case: Case) -> None:
         inputs = stacked(tensors, dims)
         function = ours(options)
         calls = ops.kernel_calls()
-        actual = vmap(lambda *a: function(**dict(zip(names, a, strict=True))), tuple(dims[n] for n in names))(
-            *(inputs[n] for n in names)
-        )
+        by_position = functools.partial(by_name, function, names)
+        actual = vmap(by_position, tuple(dims[n] for n in names))(*(inputs[n] for n in names))
         assert ops.kernel_calls() == calls + 1
         torch.testing.assert_close(actual, one_by_one(function, inputs, dims))
 
@@ -92,7 +96,7 @@ def test_per_sample_gradients_of_mapped_and_shared_inputs(case: Case) -> None:
 
         return grad(loss, tuple(range(len(names))))(*inputs)
 
-    for dims in mapped_in_turn(Case(**{**case.__dict__, "draw": case.draw})):
+    for dims in mapped_in_turn(case):
         chosen = {n: dims[n] for n in names}
         if all(d is None for d in chosen.values()):
             continue
