@@ -1,6 +1,6 @@
-// training MODEL: gradient descent on a scripted model whose attention is torch_attn's, without Python; prints the loss of
-// each step, and last the norm of the gradient of a gradient penalty. Built and run by test_cpp_training.py, which does the
-// same in Python.
+// training MODEL: gradient descent on a scripted model whose attention is torch_attn's, without Python; prints the loss
+// of each step, and last the norm of the gradient of a gradient penalty. Built and run by test_cpp_training.py, which
+// does the same in Python.
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/script.h>
 
