@@ -90,35 +90,48 @@ def largest(x: Tensor) -> float:
     return finite.abs().max().item() if finite.numel() else 0.0
 
 
-def assert_as_accurate_as_torch(call: Call, forward_factor: float, gradient_factor: float) -> None:
-    """Every output's error against float64 is within a factor of what plain torch math does in the same dtype.
+def assert_accurate(
+    call: Call,
+    actual: dict[str, Tensor],
+    keep_mask: Tensor | None,
+    *,
+    forward_factor: float = 2,
+    gradient_factor: float = 3,
+    rounds_weights: bool = False,
+) -> None:
+    """Every result's error against float64 is within a factor of what plain torch math does in the same dtype.
 
     For bfloat16 and float16 the yardstick of out and logsumexp is torch's math computed in float32 and rounded at the
     end, as SDPA's math path does; that of gradients is torch's math in the dtype itself, FlashAttention's convention:
-    a backward that reads the rounded output cannot be held to the former. AMX, whose products take bfloat16 weights,
-    is judged by the latter forward, too. Where the yardstick's own error happens to vanish, a few units in the last
-    place of the accumulator are granted; in float64 there is no yardstick but these. A gradient that sums over many
-    rows, ALiBi's with the distances as factors, is granted what rounding each row's output adds up to at random.
+    a backward that reads the rounded output cannot be held to the former. Kernels of which ``rounds_weights`` is true,
+    since their matrix instructions take weights of 16 bits, are judged by the latter forward, too. Where the
+    yardstick's own error happens to vanish, a few units in the last place of the accumulator are granted; in float64
+    there is no yardstick but these. A gradient that sums over many rows, ALiBi's with the distances as factors, is
+    granted what rounding each row's output adds up to at random.
     """
     dtype = call.query.dtype
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
-    actual, keep = run_kernel(call)
-    exact = run_reference(call.to(torch.float64), keep)
-    in_accumulator = run_reference(call.to(accumulator), keep)
-    in_dtype = run_reference(call, keep) if dtype != accumulator else in_accumulator
+    exact = run_reference(call.to(torch.float64), keep_mask)
+    in_accumulator = run_reference(call.to(accumulator), keep_mask)
+    in_dtype = run_reference(call, keep_mask) if dtype != accumulator else in_accumulator
     assert actual.keys() == exact.keys()
     for name, value in actual.items():
         is_gradient = name.startswith("grad")
-        in_own_dtype = is_gradient or (name == "out" and torch.ops.torch_attn.cpu_isa() == "amx")
+        in_own_dtype = is_gradient or (name == "out" and rounds_weights)
         yardstick = (in_dtype if in_own_dtype else in_accumulator)[name].to(value.dtype)
         factor = gradient_factor if is_gradient else forward_factor
         torchs = max_error(yardstick, exact[name])
-        eps = torch.finfo(accumulator).eps
-        bound = factor * torchs + 16 * eps * max(1.0, largest(exact[name]))
+        units = (64 if accumulator == torch.float64 else 16) * torch.finfo(accumulator).eps
+        bound = factor * torchs + units * max(1.0, largest(exact[name]))
         if name.removeprefix("grad_") in DIFFERENTIABLE_OPTIONS:
             rows_summed = max(1.0, actual["logsumexp"].numel() / max(1, value.numel()))
             distance = call.key.size(2) if name == "grad_alibi_slopes" else 1
-            rounding = 16 * eps + (torch.finfo(dtype).eps if dtype != accumulator and rows_summed > 1 else 0.0)
+            rounding = units + (torch.finfo(dtype).eps if dtype != accumulator and rows_summed > 1 else 0.0)
             bound += rounding * math.sqrt(rows_summed) * distance
         error = max_error(value, exact[name])
         assert error <= bound, f"{name}: error {error:.3g} exceeds {factor} x torch's {torchs:.3g}"
+
+
+def assert_kernel_accurate(call: Call) -> None:
+    """The operators of the library, on the instruction set that is active."""
+    assert_accurate(call, *run_kernel(call), rounds_weights=torch.ops.torch_attn.cpu_isa() == "amx")
