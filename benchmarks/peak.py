@@ -22,7 +22,7 @@ def library() -> ctypes.CDLL:
     source = Path(__file__).with_name("peak.cpp")
     subprocess.run(["g++", "-O3", "-march=native", "-shared", "-fPIC", source, "-o", out], check=True)
     lib = ctypes.CDLL(str(out))
-    lib.fma.argtypes, lib.fma.restype = [ctypes.c_int64], ctypes.c_float
+    lib.fma_loop.argtypes, lib.fma_loop.restype = [ctypes.c_int64], ctypes.c_float
     lib.fma_flops.argtypes, lib.fma_flops.restype = [ctypes.c_int64], ctypes.c_double
     lib.stream_read.argtypes, lib.stream_read.restype = [ctypes.c_void_p, ctypes.c_int64], ctypes.c_float
     return lib
@@ -49,7 +49,7 @@ def best_seconds(call: Callable[[], object], rounds: int = 5) -> float:
 
 def fma_peak() -> float:
     """Floating-point operations a second in float32."""
-    seconds = best_seconds(lambda: library().fma(FMA_ROUNDS))
+    seconds = best_seconds(lambda: library().fma_loop(FMA_ROUNDS))
     return library().fma_flops(FMA_ROUNDS) * torch.get_num_threads() / seconds
 
 
