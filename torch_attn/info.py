@@ -47,7 +47,7 @@ def report() -> str:
             "cpu instruction sets": available,
             "cpu threads": str(torch.get_num_threads()),
             "cuda": cuda_state(build),
-            "composite": "on: other devices, torch.func transforms, forward-mode and second derivatives",
+            "composite": "on: other devices, and derivatives beyond the second",
         },
     }
     width = max(len(name) for facts in sections.values() for name in facts)
