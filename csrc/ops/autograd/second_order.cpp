@@ -47,7 +47,8 @@ class BackwardFunction : public torch::autograd::Function<BackwardFunction> {
     const Tensor &grad_out = saved[10], &grad_logsumexp = saved[11];
     Edges edges(*context);
     edges.next_is_wanted(grad_out);
-    const size_t first_input = 1 + edges_of(grad_logsumexp, edges);
+    edges.next_is_wanted(grad_logsumexp);
+    const size_t first_input = edges.count();
     OutputMask wanted;
     for (size_t i = 0; i < kGradients; ++i) wanted[i] = edges.next_is_wanted(saved[i]);
     variable_list results(edges.count() + kOtherArguments);
@@ -69,12 +70,6 @@ class BackwardFunction : public torch::autograd::Function<BackwardFunction> {
       ++edge;
     }
     return results;
-  }
-
- private:
-  static size_t edges_of(const Tensor& saved, Edges& edges) {
-    edges.next_is_wanted(saved);
-    return saved.defined() ? 1 : 0;
   }
 };
 
