@@ -17,10 +17,10 @@ from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 _ops = torch.ops.torch_attn
 _library = torch.library.Library("torch_attn", "IMPL")
 
-# Gradients in the order of output_mask.
-_GRADIENTS = ("query", "key", "value", "attn_mask", "alibi_slopes", "sinks")
+_OPTIONS = ("attn_mask", "alibi_slopes", "sinks")
 _BY_BATCH = (
     *("query", "key", "value", "grad_out", "grad_logsumexp", "out", "logsumexp", "key_lengths"),
+    *("indices", "entropy", "grad_scores", "grad_log_prob", "grad_entropy"),
     *("tangent_query", "tangent_key", "tangent_value", "tangent_out", "tangent_logsumexp"),
     *("tangent_grad_out", "tangent_grad_logsumexp"),
 )
@@ -34,6 +34,8 @@ class _Call:
         self.op = op
         self.arguments: dict[str, Any] = {a.name: a.default_value for a in op._schema.arguments}
         self.arguments |= dict(zip(self.arguments, args, strict=False)) | kwargs
+        # What a backward operator returns, in the order of its output_mask.
+        self.gradients = [r.name.removeprefix("grad_") for r in op._schema.returns]
         self.mapped: set[str] = set()
         for name, value in self.arguments.items():
             if isinstance(value, Tensor):
@@ -49,14 +51,14 @@ class _Call:
         self.size = size
         self.batch = query.size(1 if "query" in self.mapped else 0)
         self.shapes = {n: x.shape[1:] if n in self.mapped else x.shape for n, x in self.tensors().items()}
-        wanted = self.arguments.get("output_mask") or [False] * len(_GRADIENTS)
-        self._fold_dropout(randomness)
+        wanted = dict(zip(self.gradients, self.arguments.get("output_mask", ()), strict=False))
+        self._fold_random_bits(randomness)
         for name in _BY_BATCH:
             if isinstance(self.arguments.get(name), Tensor):
                 self.arguments[name] = self._with_map(name).flatten(0, 1)
-        for index, name in enumerate(_GRADIENTS[3:], start=3):
+        for name in _OPTIONS:
             pair = [n for n in (name, f"tangent_{name}") if isinstance(self.arguments.get(n), Tensor)]
-            apart = wanted[index] or any(n in self.mapped for n in pair)
+            apart = wanted.get(name, False) or any(n in self.mapped for n in pair)
             for n in pair:
                 self.arguments[n] = self._fold_option(n, apart)
 
@@ -78,18 +80,18 @@ class _Call:
             x = x.unsqueeze(1)
         return x.expand(self.size, self.batch, *x.shape[2:]).flatten(0, 1)
 
-    def _fold_dropout(self, randomness: str) -> None:
+    def _fold_random_bits(self, randomness: str) -> None:
         """The bits belong to a batch entry: tell the kernels which entries of the larger batch share them."""
         state = self.arguments.get("rng_state")
-        if self.arguments["dropout_p"] == 0:
+        if not (self.arguments.get("dropout_p", 0.0) > 0 or self.arguments.get("sample", False)):
             if "rng_state" in self.mapped:
                 self.arguments["rng_state"] = state[0]
             return
         if state is None:
             if randomness == "error":
                 raise RuntimeError(
-                    "vmap: attention with dropout_p > 0 was called in randomness error mode. Pass randomness='same' or "
-                    "randomness='different' to vmap, or keep dropout out of it."
+                    "vmap: attention that draws random bits (dropout_p > 0, or sampled keys) was called in randomness "
+                    "error mode. Pass randomness='same' or randomness='different' to vmap, or keep it out of vmap."
                 )
             seed = torch.randint(torch.iinfo(torch.int64).max, (1,), device=self.arguments["query"].device)
             state = torch.nn.functional.pad(seed, (0, 2))
@@ -123,8 +125,8 @@ def _below_vmap() -> Any:
 
 
 def _forward(call: _Call) -> _Outputs:
-    out, logsumexp, rng_state = call.op(**call.arguments)
-    return [call.unfold(out), call.unfold(logsumexp), (rng_state.expand(call.size, -1), 0)]
+    *results, rng_state = call.op(**call.arguments)
+    return [*map(call.unfold, results), (rng_state.expand(call.size, -1), 0)]
 
 
 def _jvp(call: _Call) -> _Outputs:
@@ -132,7 +134,7 @@ def _jvp(call: _Call) -> _Outputs:
 
 
 def _backward(call: _Call) -> _Outputs:
-    return [call.unfold_gradient(n, g) for n, g in zip(_GRADIENTS, call.op(**call.arguments), strict=True)]
+    return [call.unfold_gradient(n, g) for n, g in zip(call.gradients, call.op(**call.arguments), strict=True)]
 
 
 def _register(name: str, rule: Callable[[_Call], _Outputs]) -> None:
@@ -167,6 +169,8 @@ for _name, _rule in {
     "attention_backward": _backward,
     "attention_jvp": _jvp,
     "attention_backward_jvp": _backward,
+    "select_keys": _forward,
+    "select_keys_backward": _backward,
 }.items():
     _register(_name, _rule)
 _library.impl("dropout_keep_mask", _dropout_keep_mask, "FuncTorchBatched")

@@ -144,8 +144,8 @@ void backward_with(const AttentionProblem& problem, const typename Walk::Tensors
 
 template <class Real>
 void backward_as(const AttentionProblem& problem, const BackwardTensors& tensors, const Parallel& parallel) {
-  if (tensors.grad_attn_mask.defined()) mask_gradient<BackwardScores<Real>>(problem, tensors, parallel);
-  backward_with<VectorWalk<Real>>(problem, tensors, parallel);
+  if (tensors.grad_attn_mask.defined()) mask_gradient<BackwardScores<GradientTile<Real>>>(problem, tensors, parallel);
+  backward_with<VectorWalk<GradientTile<Real>>>(problem, tensors, parallel);
 }
 
 inline void attention_backward(const AttentionProblem& problem, const BackwardTensors& tensors,

@@ -120,6 +120,23 @@ TA_INLINE Vec<double> max(Vec<double> a, Vec<double> b) {
 #endif
 }
 
+// Whether a comparison holds in some lane.
+template <class Real>
+TA_INLINE bool any(IntVec<Real> holds) {
+#if defined(__AVX512DQ__)
+  return sizeof(Real) == 8 ? _mm512_movepi64_mask((__m512i)holds) != 0 : _mm512_movepi32_mask((__m512i)holds) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8((__m256i)holds) != 0;
+#elif defined(__x86_64__)
+  return _mm_movemask_epi8((__m128i)holds) != 0;
+#else
+  for (int i = 0; i < kLanes<Real>; ++i) {
+    if (holds[i] != 0) return true;
+  }
+  return false;
+#endif
+}
+
 // The 64-bit products of the lower halves of 64-bit lanes with a 32-bit number.
 typedef uint64_t WideVec __attribute__((vector_size(TA_VECTOR_BYTES)));
 TA_INLINE WideVec multiply_low_halves(WideVec a, uint32_t b) {
