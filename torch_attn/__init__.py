@@ -6,16 +6,19 @@ _load()  # registers the operators before anything below names them
 
 from . import _vmap  # noqa: E402, F401  (registers the batching rules)
 from .functional import attention, scaled_dot_product_attention  # noqa: E402
+from .hard import HardAttention, hard_attention  # noqa: E402
 from .maps import AttentionStatistics, attention_statistics, attention_weights  # noqa: E402
 from .modules import MultiheadAttention  # noqa: E402
 from .replace import replace_mha, restore_mha  # noqa: E402
 
 __all__ = [
     "AttentionStatistics",
+    "HardAttention",
     "MultiheadAttention",
     "attention",
     "attention_statistics",
     "attention_weights",
+    "hard_attention",
     "replace_mha",
     "restore_mha",
     "scaled_dot_product_attention",

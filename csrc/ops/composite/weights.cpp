@@ -4,6 +4,7 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/logsumexp.h>
 #include <ATen/ops/matmul.h>
+#include <ATen/ops/rsub.h>
 #include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/softmax.h>
 #include <ATen/ops/tanh.h>
@@ -16,6 +17,7 @@
 #include "core/dropout.h"
 #include "ops/check.h"
 #include "ops/operators.h"
+#include "ops/outputs.h"
 
 namespace torch_attn::ops::composite {
 namespace {
@@ -77,7 +79,6 @@ Weights compute_weights(const ForwardArguments& a, const Tensor& rng_state, cons
   Weights w;
   w.sizes = s;
   w.dtype = a.query.scalar_type();
-  w.softcap = o.softcap;
   w.query = a.query.to(accumulator);
   w.key = expand_kv_heads(a.key.to(accumulator), s);
   w.value = expand_kv_heads(a.value.to(accumulator), s);
@@ -107,7 +108,7 @@ Weights compute_weights(const ForwardArguments& a, const Tensor& rng_state, cons
 
   // A softmax over nothing but -inf is NaN, and so are its derivatives: put 0 in such rows before, the results after.
   w.is_empty = (logits == -kInfinity).all(-1, /*keepdim=*/true);
-  logits = logits.masked_fill(w.is_empty, 0);
+  w.logits = logits = logits.masked_fill(w.is_empty, 0);
   w.logsumexp = at::logsumexp(logits, {-1}, /*keepdim=*/true).masked_fill(w.is_empty, -kInfinity);
   w.weights = at::softmax(logits, -1).masked_fill(w.is_empty, 0);
   if (is_defined(o.sinks)) {

@@ -1,0 +1,11 @@
+// Hard attention's kernels for this instruction set; CMakeLists.txt gives this file its compiler flags.
+#define TORCH_ATTN_ISA baseline
+#include "../select_keys.h"
+#include "../selection_backward.h"
+#include "../selection_kernels.h"
+
+namespace torch_attn::cpu {
+
+const SelectionTable kBaselineSelection = {baseline::select_keys, baseline::select_keys_backward};
+
+}  // namespace torch_attn::cpu
