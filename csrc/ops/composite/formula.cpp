@@ -26,7 +26,7 @@ BackwardResult gradients_of_scores(const Weights& w, const Tensor& grad_scores, 
   Tensor grad_dots;
   if (output_mask[kQuery] || output_mask[kKey]) {
     grad_dots = grad_scores * w.scale;
-    if (o.softcap > 0) grad_dots = grad_dots * at::rsub((w.capped / o.softcap).square(), 1);
+    if (w.softcap > 0) grad_dots = grad_dots * at::rsub((w.capped / w.softcap).square(), 1);
   }
   return {
       wanted(kQuery, [&] { return by_row(at::matmul(grad_dots, w.key), w.dtype); }),
@@ -54,7 +54,7 @@ BackwardResult attention_backward(const BackwardArguments& a) {
   if (is_defined(a.grad_logsumexp)) row_term = row_term - a.grad_logsumexp->unsqueeze(-1).masked_fill(w.is_empty, 0);
   const Tensor grad_scores = w.weights * (grad_weights - row_term);
 
-  BackwardResult result = gradients_of_scores(w, grad_scores, w.sink_gradient(row_term), o, a.output_mask);
+  BackwardResult result = gradients_of_scores(w, grad_scores, w.sink_gradient(row_term), a.options, a.output_mask);
   if (a.output_mask[kValue])
     std::get<kValue>(result) =
         by_row(sum_kv_heads(at::matmul(w.drop(w.weights).transpose(-2, -1), grad_out), w.sizes), a.query.scalar_type());

@@ -79,6 +79,7 @@ Weights compute_weights(const ForwardArguments& a, const Tensor& rng_state, cons
   Weights w;
   w.sizes = s;
   w.dtype = a.query.scalar_type();
+  w.softcap = o.softcap;
   w.query = a.query.to(accumulator);
   w.key = expand_kv_heads(a.key.to(accumulator), s);
   w.value = expand_kv_heads(a.value.to(accumulator), s);

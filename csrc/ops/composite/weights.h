@@ -22,6 +22,7 @@ struct Weights {
   at::ScalarType dtype = at::kFloat;  // the inputs' own
   Tensor query, key, value;
   c10::Scalar scale;
+  double softcap = 0;
   Tensor capped;  // softcap(scale · q·k)
   Tensor scores;  // with ALiBi and mask; −inf where a key is not attended
   Tensor minus_distance;
