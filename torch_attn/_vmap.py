@@ -22,7 +22,7 @@ _STATISTICS = (*_STATISTICS, "top_weights", "top_indices", "column_sum")
 _OPTIONS = ("attn_mask", "alibi_slopes", "sinks")
 _BY_BATCH = (
     *("query", "key", "value", "grad_out", "grad_logsumexp", "out", "logsumexp", "key_lengths"),
-    *("indices", "grad_scores", "grad_log_prob"),
+    *("indices", "weights", "grad_scores", "grad_log_prob"),
     *("tangent_query", "tangent_key", "tangent_value", "tangent_out", "tangent_logsumexp"),
     *("tangent_grad_out", "tangent_grad_logsumexp"),
     *(n for name in _STATISTICS[1:] for n in (name, f"grad_{name}")),
@@ -51,9 +51,9 @@ class _Call:
 
     def fold(self, size: int, randomness: str) -> None:
         """Make ordinary arguments, of a batch ``size`` times as large, of the mapped ones."""
-        query = self.arguments["query"]
+        name = "query" if "query" in self.arguments else "value"
         self.size = size
-        self.batch = query.size(1 if "query" in self.mapped else 0)
+        self.batch = self.arguments[name].size(1 if name in self.mapped else 0)
         self.shapes = {n: x.shape[1:] if n in self.mapped else x.shape for n, x in self.tensors().items()}
         if "query_rows" in self.mapped:
             raise RuntimeError(
@@ -137,6 +137,10 @@ def _forward(call: _Call) -> _Outputs:
     return [*map(call.unfold, results), (rng_state.expand(call.size, -1), 0)]
 
 
+def _gather(call: _Call) -> _Outputs:
+    return [call.unfold(call.op(**call.arguments))]
+
+
 def _jvp(call: _Call) -> _Outputs:
     return [call.unfold(x) for x in call.op(**call.arguments)]
 
@@ -153,14 +157,15 @@ def _statistics(call: _Call) -> _Outputs:
 def _register(name: str, rule: Callable[[_Call], _Outputs]) -> None:
     op = getattr(_ops, name).default
 
-    def kernel(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    def kernel(*args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
         interpreter = retrieve_current_functorch_interpreter()
         level = interpreter.level()
         call = _Call(op, args, kwargs, level)
         with _below_vmap():
             call.fold(interpreter.batch_size(), interpreter.randomness())
             outputs = rule(call)
-        return tuple(x if dim is None else _add_batch_dim(x, dim, level) for x, dim in outputs)
+        results = tuple(x if dim is None else _add_batch_dim(x, dim, level) for x, dim in outputs)
+        return results if len(op._schema.returns) > 1 else results[0]
 
     _library.impl(name, kernel, "FuncTorchBatched")
 
@@ -188,6 +193,8 @@ for _name, _rule in {
     "attention_weights_backward": _backward,
     "select_keys": _forward,
     "select_keys_backward": _backward,
+    "gather_values": _gather,
+    "gather_values_backward": _backward,
 }.items():
     _register(_name, _rule)
 _library.impl("dropout_keep_mask", _dropout_keep_mask, "FuncTorchBatched")

@@ -245,7 +245,10 @@ def choose_keys(logits: Tensor, count: int, noise: Tensor | None = None, sink: b
     E / Σ exp(logit), then its member by the uniform number, as if the weights lay side by side on a line.
     """
     if noise is None or noise.dim() == 4:
-        values, indices = (logits if noise is None else logits - noise.log()).sort(dim=-1, descending=True, stable=True)
+        values = logits
+        if noise is not None:  # relative to the maximum, or rows of huge scores would drown the noise
+            values = logits - logits.amax(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min) - noise.log()
+        values, indices = values.sort(dim=-1, descending=True, stable=True)
         indices = indices.masked_fill(values == -math.inf, -1)[..., :count]
         return torch.nn.functional.pad(indices, (0, count - indices.size(-1)), value=-1)
     empty = (logits == -math.inf).all(-1, keepdim=True)

@@ -30,4 +30,17 @@ void select_keys_backward(const AttentionProblem& problem, const SelectionBackwa
   active_kernels().backward(problem, tensors, parallel);
 }
 
+void gather_rows(const RowChoice& choice, const TensorView& source, const TensorView& out, const Parallel& parallel) {
+  active_kernels().gather(choice, source, out, parallel);
+}
+
+void scatter_rows(const RowChoice& choice, const TensorView& rows, const TensorView& out, const Parallel& parallel) {
+  active_kernels().scatter(choice, rows, out, parallel);
+}
+
+void chosen_dots(const RowChoice& choice, const TensorView& rows, const TensorView& source, void* dots,
+                 const Parallel& parallel) {
+  active_kernels().dots(choice, rows, source, dots, parallel);
+}
+
 }  // namespace torch_attn::cpu

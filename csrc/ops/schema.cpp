@@ -121,6 +121,13 @@ TORCH_LIBRARY_FRAGMENT(torch_attn, m) {
       "bool replacement, bool sink) -> Tensor",
       pure);
 
+  // value (B, Hkv, S, Dv) by indices (B, Hq, R, count), weighted and summed over count: (B, Hq, R, Dv).
+  define("gather_values(Tensor value, Tensor indices, Tensor? weights=None) -> Tensor", pure);
+  define(
+      "gather_values_backward(Tensor grad_out, Tensor value, Tensor indices, Tensor? weights, bool[2] output_mask)"
+      " -> (Tensor grad_value, Tensor grad_weights)",
+      pure);
+
   // About the library itself; implemented in info.cpp.
   define("build_info() -> str", {});
   define("cpu_isa() -> str", {});

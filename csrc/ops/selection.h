@@ -60,6 +60,29 @@ struct SelectBackwardArguments {
 // One tensor per kSelectGradients; an unwanted one has shape (0).
 using SelectBackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+// torch_attn::gather_values
+struct GatherArguments {
+  using Types = TypeList<const Tensor&, const Tensor&, const OptionalTensor&>;
+
+  Tensor value, indices;   // indices that are no key read 0
+  OptionalTensor weights;  // of indices' shape, accumulator type; none: 1
+
+  auto flat() const { return std::tie(value, indices, weights); }
+};
+
+// torch_attn::gather_values_backward
+struct GatherBackwardArguments {
+  using Types = TypeList<const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, std::array<bool, 2>>;
+
+  Tensor grad_out, value, indices;
+  OptionalTensor weights;
+  std::array<bool, 2> output_mask{};
+
+  auto flat() const { return std::tie(grad_out, value, indices, weights, output_mask); }
+  GatherArguments forward() const { return {value, indices, weights}; }
+};
+using GatherBackwardResult = std::tuple<Tensor, Tensor>;  // of value and weights; an unwanted one has shape (0)
+
 // torch_attn::selection_noise
 struct NoiseArguments {
   using Types = TypeList<const Tensor&, SymInt, SymInt, SymInt, SymInt, int64_t, bool, bool>;
@@ -103,6 +126,12 @@ struct SelectKeys : Operator<SelectKeys, SelectArguments, SelectResult> {
 struct SelectKeysBackward : Operator<SelectKeysBackward, SelectBackwardArguments, SelectBackwardResult> {
   static constexpr const char* name = "torch_attn::select_keys_backward";
 };
+struct GatherValues : Operator<GatherValues, GatherArguments, Tensor> {
+  static constexpr const char* name = "torch_attn::gather_values";
+};
+struct GatherValuesBackward : Operator<GatherValuesBackward, GatherBackwardArguments, GatherBackwardResult> {
+  static constexpr const char* name = "torch_attn::gather_values_backward";
+};
 struct NoiseOfSelection : Operator<NoiseOfSelection, NoiseArguments, Tensor> {
   static constexpr const char* name = "torch_attn::selection_noise";
 };
@@ -112,6 +141,8 @@ struct HardAttention : Operator<HardAttention, HardAttentionArguments, HardAtten
 
 void check_arguments(const SelectArguments& arguments);
 void check_arguments(const SelectBackwardArguments& arguments);
+void check_arguments(const GatherArguments& arguments);
+void check_arguments(const GatherBackwardArguments& arguments);
 void check_arguments(const NoiseArguments& arguments);
 void check_arguments(const HardAttentionArguments& arguments);
 

@@ -119,10 +119,8 @@ struct RowGradients {
   }
 };
 
-SelectBackwardResult select_keys_backward_cpu(const SelectBackwardArguments& a) {
-  check_arguments(a);
+SelectBackwardResult dense_backward(const SelectBackwardArguments& a, const RowGradients& rows) {
   const ForwardArguments forward = a.forward();
-  const RowGradients rows(a);
   const auto contiguous = [](const Tensor& t) { return t.defined() ? t.contiguous() : t; };
   const Tensor indices = a.indices.contiguous(), log_weight = contiguous(rows.log_weight);
   const Tensor chosen = contiguous(rows.chosen);
@@ -147,9 +145,90 @@ SelectBackwardResult select_keys_backward_cpu(const SelectBackwardArguments& a) 
           sinks ? rows.of_sinks(a) : no_gradient(a.query)};
 }
 
+// source (B, Hkv, S, D) by indices (B, Hq, R, count).
+struct PreparedChoice {
+  Tensor indices, weights;
+  RowChoice choice;
+
+  PreparedChoice(const Tensor& source, const Tensor& by, const Tensor& weighted)
+      : indices(by.contiguous()), weights(weighted.defined() ? weighted.contiguous() : weighted) {
+    choice.batch = by.size(0);
+    choice.heads = by.size(1);
+    choice.kv_heads = source.size(1);
+    choice.length = by.size(2);
+    choice.count = by.size(3);
+    choice.source_length = source.size(2);
+    choice.columns = source.size(3);
+    choice.indices = indices.const_data_ptr<int64_t>();
+    if (weights.defined()) choice.weights = weights.const_data_ptr();
+  }
+};
+
+Tensor gathered(const Tensor& source, const PreparedChoice& prepared) {
+  const RowChoice& c = prepared.choice;
+  const Tensor rows = with_unit_column_stride(source);
+  Tensor out = empty_by_row(c.batch, c.heads, c.length, c.columns, source.options());
+  cpu::gather_rows(c, view_of_matrix(rows), view_of_matrix(out), torch_threads());
+  return out;
+}
+
+Tensor scattered(const Tensor& rows, const Tensor& like, const PreparedChoice& prepared) {
+  const Tensor added = with_unit_column_stride(rows);
+  Tensor out = empty_by_row_like(like);
+  cpu::scatter_rows(prepared.choice, view_of_matrix(added), view_of_matrix(out), torch_threads());
+  return out;
+}
+
+Tensor dots_of_chosen(const Tensor& rows, const Tensor& source, const PreparedChoice& prepared) {
+  const Tensor left = with_unit_column_stride(rows), right = with_unit_column_stride(source);
+  Tensor dots = at::empty(prepared.indices.sizes(), rows.options().dtype(accumulator_type(rows.scalar_type())));
+  cpu::chosen_dots(prepared.choice, view_of_matrix(left), view_of_matrix(right), dots.mutable_data_ptr(),
+                   torch_threads());
+  return dots;
+}
+
+Tensor gather_values_cpu(const GatherArguments& a) {
+  check_arguments(a);
+  return gathered(a.value, PreparedChoice(a.value, a.indices, a.weights.value_or(Tensor())));
+}
+
+GatherBackwardResult gather_values_backward_cpu(const GatherBackwardArguments& a) {
+  check_arguments(a);
+  const PreparedChoice prepared(a.value, a.indices, a.weights.value_or(Tensor()));
+  return {a.output_mask[0] ? scattered(a.grad_out, a.value, prepared) : no_gradient(a.value),
+          a.output_mask[1] ? dots_of_chosen(a.grad_out, a.value, prepared) : no_gradient(a.value)};
+}
+
+// Where nothing but the chosen scores has a gradient, only the chosen keys take part.
+bool is_sparse(const SelectBackwardArguments& a) {
+  return !is_defined(a.grad_log_prob) && !is_defined(a.grad_entropy) && !is_defined(a.grad_logsumexp) &&
+         is_defined(a.grad_scores) && !a.output_mask[2] && !a.output_mask[3];
+}
+
+SelectBackwardResult sparse_backward(const SelectBackwardArguments& a, const RowGradients& rows) {
+  const AttentionProblem p = make_problem(a.forward(), Tensor()).problem;
+  Tensor factor = rows.chosen * p.scale;
+  if (p.softcap != 0) {
+    const Tensor dots = dots_of_chosen(a.query, a.key, PreparedChoice(a.key, a.indices, Tensor()));
+    factor = factor * (1 - (dots * (p.scale / p.softcap)).tanh().square());
+  }
+  const PreparedChoice prepared(a.key, a.indices, factor);
+  return {a.output_mask[0] ? gathered(a.key, prepared) : no_gradient(a.query),
+          a.output_mask[1] ? scattered(a.query, a.key, prepared) : no_gradient(a.query), no_gradient(a.query),
+          no_gradient(a.query), a.output_mask[4] ? rows.of_sinks(a) : no_gradient(a.query)};
+}
+
+SelectBackwardResult select_keys_backward_cpu(const SelectBackwardArguments& a) {
+  check_arguments(a);
+  const RowGradients rows(a);
+  return is_sparse(a) ? sparse_backward(a, rows) : dense_backward(a, rows);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(torch_attn, CPU, m) {
+  m.impl("gather_values", GatherValues::kernel<gather_values_cpu>);
+  m.impl("gather_values_backward", GatherValuesBackward::kernel<gather_values_backward_cpu>);
   m.impl("select_keys", SelectKeys::kernel<select_keys_cpu>);
   m.impl("select_keys_backward", SelectKeysBackward::kernel<select_keys_backward_cpu>);
   m.impl("selection_noise", NoiseOfSelection::kernel<selection_noise_cpu>);
