@@ -4,7 +4,7 @@ from ._library import load as _load
 
 _load()  # registers the operators before anything below names them
 
-from . import _vmap  # noqa: E402, F401  (registers the batching rules)
+from . import _vmap, plot  # noqa: E402, F401  (_vmap registers the batching rules; plot loads matplotlib when it draws)
 from .functional import attention, scaled_dot_product_attention  # noqa: E402
 from .modules import MultiheadAttention  # noqa: E402
 from .replace import replace_mha, restore_mha  # noqa: E402
@@ -12,6 +12,7 @@ from .replace import replace_mha, restore_mha  # noqa: E402
 __all__ = [
     "MultiheadAttention",
     "attention",
+    "plot",
     "replace_mha",
     "restore_mha",
     "scaled_dot_product_attention",
