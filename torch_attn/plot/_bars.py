@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BAR = 0.24  # inches
+LONGEST = 36  # characters of a name
 
 
 def feature_bars(
@@ -50,7 +51,7 @@ def feature_bars(
     chosen_places = mean.sort(descending=True, stable=True).indices[:top]
     places = (chosen_places if sort else chosen_places.sort().values).tolist()
 
-    ax, style_, _ = _figure.start(ax, style, (6.0, BAR * len(places) + 0.9))
+    ax, style_, _ = _figure.start(ax, style, (6.0, BAR * len(places) + 1.0))
     _figure.dress(ax, style_)
     lengths = mean[places].tolist()
     lines = range(len(places))
@@ -60,10 +61,10 @@ def feature_bars(
             dots = values[:, place].tolist()
             ax.scatter(dots, [line] * len(dots), s=9, color=style_.mark, alpha=0.75, linewidths=0, zorder=3)
     reach = values[:, places].max().item() or 1.0
-    for line, length, place in zip(lines, lengths, places, strict=True):
-        end = max(length, values[:, place].max().item())
-        ax.text(end + 0.012 * reach, line, f"{length:.3g}", va="center", color=style_.muted, fontsize=8)
-    ax.set(xlim=(0, 1.12 * reach), ylim=(len(places) - 0.5, -0.5))
+    for line, length in zip(lines, lengths, strict=True):
+        across = ax.get_yaxis_transform()
+        ax.text(1, line, f"{length:#.3g}", transform=across, ha="right", va="center", color=style_.ink, fontsize=8)
+    ax.set(xlim=(0, 1.16 * reach), ylim=(len(places) - 0.5, -0.5))
     ax.xaxis.grid(True, color=style_.grid, linewidth=0.6, zorder=0)
     ax.set_axisbelow(True)
     for side in ("top", "right", "bottom"):
@@ -71,10 +72,10 @@ def feature_bars(
     rest = mean.sum().item() - sum(lengths)
     label = value_label if values.size(0) == 1 else f"{value_label}: mean of {values.size(0)} (dots: each)"
     if count > len(places):
-        label += f"; the other {count - len(places)} features hold {rest:.3g} together"
+        label += f"\nthe other {count - len(places)} features:  {rest:.3g} together"
     ax.set_xlabel(label).set_parse_math(False)
     _figure.write_title(ax, title, style_)
     drawn = [names[place] for place in places]
     ax.yaxis.set_tick_params(length=0)
-    _figure.fit_tokens(ax, drawn, None, style_)
+    _figure.fit_tokens(ax, drawn, None, style_, LONGEST)
     return ax.figure

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Style:
+    is_dark: bool
     background: str
     panel: str  # buttons of the HTML page
     ink: str  # titles and labels
@@ -21,6 +22,7 @@ class Style:
 
 
 LIGHT = Style(
+    is_dark=False,
     background="#ffffff",
     panel="#f5f7fa",
     ink="#1b1f27",
@@ -43,6 +45,7 @@ LIGHT = Style(
 )
 
 DARK = Style(
+    is_dark=True,
     background="#10131a",
     panel="#191d26",
     ink="#e9ecf2",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colorbar import Colorbar
     from matplotlib.colors import Colormap, Normalize
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
     from matplotlib.text import Text
 
 COLOR_SCALES = ("linear", "sqrt", "log")
@@ -24,7 +24,8 @@ LOG_DECADES = 4  # how far below its top a logarithmic colour scale reaches
 
 LABEL_SIZES = (5.5, 9.0)  # points; the smallest that is read without a magnifying glass, and the usual
 LINE = 1.2  # a line of text needs this many times its font size
-MAX_LABEL = 18  # longer tokens are cut, or they would leave no room for the map
+NAMED = " (1 token in "
+LONGEST = 18  # characters; longer tokens are cut, or they would leave no room for the map
 
 
 def require_matplotlib() -> None:
@@ -52,10 +53,11 @@ def _figure_class() -> type:
     return NotebookFigure
 
 
-def new_figure(size: tuple[float, float], style: Style) -> Figure:
+def new_figure(size: tuple[float, float], style: Style, layout: str = "constrained") -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    figure = _figure_class()(figsize=size, dpi=144, facecolor=style.background, layout="constrained")
+    figure = _figure_class()(figsize=size, dpi=144, facecolor=style.background, layout=layout)
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
     FigureCanvasAgg(figure)
     return figure
 
@@ -117,7 +119,7 @@ def dress(ax: Axes, style: Style) -> None:
 
 def write_title(ax: Axes, title: str | None, style: Style) -> None:
     if title:
-        text = ax.set_title(title, loc="left", color=style.ink, fontsize=11, fontweight="semibold", pad=8)
+        text = ax.set_title(title, loc="left", color=style.ink, fontsize=11, fontweight="bold", pad=8)
         text.set_parse_math(False)
 
 
@@ -129,32 +131,34 @@ def color_bar(ax: Axes, mappable: ScalarMappable, label: str, style: Style, exte
 
 
 def dress_bar(bar: Colorbar, label: str, style: Style) -> None:
+    bar.ax.set_facecolor(style.background)
     bar.outline.set(edgecolor=style.grid, linewidth=0.8)
     bar.set_label(label, color=style.ink, fontsize=9)
     bar.ax.yaxis.label.set_parse_math(False)
     bar.ax.tick_params(which="both", color=style.grid, labelcolor=style.muted, labelsize=8, length=2.5, width=0.8)
 
 
-def value_label(label: str, binned: bool, binning: str) -> str:
-    if not binned:
+def value_label(label: str, rows: Axis, columns: Axis, binning: str) -> str:
+    """The colour bar's label, which says what the colour of a cell is made of."""
+    if rows.size == columns.size == 1:
         return label
-    return f"{label}, {'mean' if binning == 'mean' else 'largest'} of a cell"
+    return f"{label}, {'mean' if binning == 'mean' else 'largest'} of {rows.size} x {columns.size}"
 
 
-def printable(token: str) -> str:
+def printable(token: str, longest: int = LONGEST) -> str:
     """A token as a label: white space made visible, long ones cut."""
     for blank, sign in (("\n", "↵"), ("\t", "⇥"), ("\r", "␍")):
         token = token.replace(blank, sign)
     if token and not token.strip(" "):
         token = "␣" * len(token)
     token = "".join(sign if sign.isprintable() else "�" for sign in token)
-    return token if len(token) <= MAX_LABEL else token[: MAX_LABEL - 1] + "…"
+    return token if len(token) <= longest else token[: longest - 1] + "…"
 
 
 def label_axis(axis: MplAxis, side: Axis, tokens: Sequence[str] | None, label: str, style: Style) -> None:
     """Tokens where a cell is one token and they are known, positions otherwise; the label says what a cell holds."""
     if tokens is not None and side.size == 1:
-        _set_tokens(axis, tokens, 1, LABEL_SIZES[1], style)
+        _set_tokens(axis, [printable(token) for token in tokens], 1, LABEL_SIZES[1], style)
         axis.set_tick_params(length=0)
     else:
         from matplotlib.ticker import MaxNLocator
@@ -164,11 +168,16 @@ def label_axis(axis: MplAxis, side: Axis, tokens: Sequence[str] | None, label: s
     text.set_parse_math(False)
 
 
-def fit_tokens(ax: Axes, rows: Sequence[str] | None, columns: Sequence[str] | None, style: Style) -> None:
+def fit_tokens(
+    ax: Axes, rows: Sequence[str] | None, columns: Sequence[str] | None, style: Style, longest: int = LONGEST
+) -> None:
     """Size the tokens to the room they have, and where even the smallest do not fit label every second, third, ...
 
     Called last: the room is known when all else has its place.
     """
+    if rows is None and columns is None:
+        return
+    rows, columns = (names and [printable(name, longest) for name in names] for names in (rows, columns))
     for _ in range(2):  # smaller labels leave the map more room
         ax.figure.draw_without_rendering()
         box = ax.get_window_extent()
@@ -179,12 +188,21 @@ def fit_tokens(ax: Axes, rows: Sequence[str] | None, columns: Sequence[str] | No
             _fit_axis(ax.xaxis, columns, box.width * per_point / len(columns), style)
 
 
+def settle(figure: Figure | SubFigure) -> None:
+    """Let the layout find everything's place. What hangs on axes (strips, bars) moves with them: it takes two goes."""
+    for _ in range(2):
+        figure.draw_without_rendering()
+
+
 def _fit_axis(axis: MplAxis, tokens: Sequence[str], room: float, style: Style) -> None:
     smallest, usual = LABEL_SIZES
-    upright = axis.axis_name == "x" and max(len(printable(token)) for token in tokens) > 1
+    upright = axis.axis_name == "x" and max(map(len, tokens)) > 1
     size = min(usual, max(smallest, room / LINE))
     stride = max(1, -int(-LINE * smallest // room)) if size == smallest else 1
     _set_tokens(axis, tokens, stride, size, style)
+    if stride > 1:
+        label = axis.get_label_text().split(NAMED)[0]
+        axis.set_label_text(f"{label}{NAMED}{stride} is named)")
     if upright:
         widest = max(_width(text) for text in axis.get_ticklabels())
         if widest > room * stride * 0.92:
@@ -197,7 +215,7 @@ def _width(text: Text) -> float:
 
 def _set_tokens(axis: MplAxis, tokens: Sequence[str], stride: int, size: float, style: Style) -> None:
     places = range(0, len(tokens), stride)
-    axis.set_ticks(places, [printable(tokens[place]) for place in places], color=style.ink, fontsize=size)
+    axis.set_ticks(places, [tokens[place] for place in places], color=style.ink, fontsize=size)
     axis.set_tick_params(rotation=0)
     for text in axis.get_ticklabels():
         text.set_parse_math(False)  # a token may hold dollar signs

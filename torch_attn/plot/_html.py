@@ -184,9 +184,9 @@ def _colors() -> str:
     """The styles' colours as CSS variables: light, and dark for readers whose system is."""
 
     def variables(style: Style) -> str:
-        names = {**asdict(style), "bar": style.ramp[5]}
-        del names["ramp"]
-        return ":root {" + "".join(f"--{name}: {color};" for name, color in names.items()) + "}\n"
+        names = ("background", "panel", "ink", "muted", "grid", "mark")
+        colors = "".join(f"--{name}: {getattr(style, name)};" for name in names)
+        return f":root {{ {colors} --bar: {style.ramp[5]}; }}\n"
 
     return variables(LIGHT) + f"@media (prefers-color-scheme: dark) {{ {variables(DARK)} }}\n"
 

@@ -76,8 +76,8 @@ def heatmap(
     _figure.label_axis(ax.xaxis, columns, key_names, key_label, chosen)
     _figure.label_axis(ax.yaxis, rows, query_names, query_label, chosen)
     _figure.write_title(ax, title, chosen)
-    binned = rows.size > 1 or columns.size > 1
-    _figure.color_bar(ax, image, _figure.value_label(value_label, binned, binning), chosen, _extend(norm, cells))
+    bar_label = _figure.value_label(value_label, rows, columns, binning)
+    _figure.color_bar(ax, image, bar_label, chosen, _extend(norm, cells))
     _fit(ax, rows, columns, query_names, key_names, chosen)
     return ax.figure
 
@@ -127,11 +127,11 @@ def alignment(
     ax.xaxis.set_label_position("top")
     _figure.label_axis(ax.xaxis, columns, source_names, source_label, chosen)
     _figure.label_axis(ax.yaxis, rows, target_names, target_label, chosen)
-    binned = rows.size > 1 or columns.size > 1
-    if mark_strongest and not binned:
+    if mark_strongest and rows.size == columns.size == 1:
         _frame_strongest(ax, values, chosen)
     _figure.write_title(ax, title, chosen)
-    _figure.color_bar(ax, image, _figure.value_label(value_label, binned, binning), chosen, _extend(norm, cells))
+    bar_label = _figure.value_label(value_label, rows, columns, binning)
+    _figure.color_bar(ax, image, bar_label, chosen, _extend(norm, cells))
     _fit(ax, rows, columns, target_names, source_names, chosen)
     return ax.figure
 
@@ -180,7 +180,7 @@ def head_grid(
 
     panel = min(1.9, max(0.9, 9.0 / across))
     ratio = min(2.0, max(0.5, rows.length / cols.length))
-    size = (max(3.6, across * panel + 1.3), layers * down_a_layer * (panel * ratio + 0.18) + 0.9)
+    size = (max(3.6, across * panel + 1.3), layers * down_a_layer * (panel * ratio + 0.08) + 0.7)
     panels, chosen, figure = _panels(ax, style, size, layers * down_a_layer, across)
     cells = bin_map(maps, rows, cols, binning)
     norm = _figure.color_norm(color_scale, vmax, cells.max().item())
@@ -196,19 +196,18 @@ def head_grid(
             _write_small(axis.set_title, head_texts[head], chosen, loc="left", pad=3)
         if column == 0 and layers > 1:
             _write_small(axis.set_ylabel, layer_texts[layer], chosen)
-    note = f"in each map a row is a {query_label}, a column a {key_label}" + _cells_note(rows, cols)
-    _write_small(panels[-1, 0].set_xlabel, note, chosen, loc="left")
+    if ax is None:
+        note = f"in each map a row is a {query_label}, a column a {key_label}"
+        figure.supxlabel(note, x=0.01, ha="left", color=chosen.muted, fontsize=8, parse_math=False)
     if title and ax is None:
-        figure.suptitle(
-            title, x=0.01, ha="left", color=chosen.ink, fontsize=11, fontweight="semibold", parse_math=False
-        )
-    else:
-        _figure.write_title(panels[0, 0] if ax is None else ax, title, chosen)
+        figure.suptitle(title, x=0.01, ha="left", color=chosen.ink, fontsize=11, fontweight="bold", parse_math=False)
+    elif title:
+        _figure.write_title(ax, title, chosen)
     bar = figure.colorbar(
         image, ax=panels.ravel().tolist(), fraction=0.03, pad=0.02, aspect=30, extend=_extend(norm, cells)
     )
-    binned = rows.size > 1 or cols.size > 1
-    _figure.dress_bar(bar, _figure.value_label(value_label, binned, binning), chosen)
+    _figure.dress_bar(bar, _figure.value_label(value_label, rows, cols, binning), chosen)
+    _figure.settle(figure)
     return figure
 
 
@@ -283,7 +282,7 @@ def _panels(
     _figure.require_matplotlib()
     chosen = _figure.choose_style(style, ax)
     if ax is None:
-        figure = _figure.new_figure(size, chosen)
+        figure = _figure.new_figure(size, chosen, "compressed")
         return figure.subplots(down, across, squeeze=False), chosen, figure
     place = ax.get_subplotspec()
     if place is None:
@@ -295,9 +294,3 @@ def _panels(
 
 def _write_small(write: Callable[..., Text], text: str, style: Style, **options: Any) -> None:
     write(text, color=style.ink, fontsize=8, **options).set_parse_math(False)
-
-
-def _cells_note(rows: Axis, columns: Axis) -> str:
-    if rows.size == columns.size:
-        return f"; {rows.size} x {rows.size} tokens a cell" if rows.size > 1 else ""
-    return f"; {rows.size} x {columns.size} tokens a cell"

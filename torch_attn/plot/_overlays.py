@@ -73,6 +73,7 @@ def image_overlay(
     ax.set(xticks=[], yticks=[], xlim=extent[:2], ylim=extent[2:], aspect="equal")
     _figure.write_title(ax, title, chosen)
     _figure.color_bar(ax, glow, value_label, chosen, "max" if shares.max().item() > norm.vmax else "neither")
+    _figure.settle(ax.figure)
     return ax.figure
 
 
@@ -95,7 +96,8 @@ def spectrogram_overlay(
     """A spectrogram, and above it, on the same time axis, how much of the attention each frame gets.
 
     Args:
-        spectrogram: (bins, time), the lowest frequency first; any finite values, such as decibels.
+        spectrogram: (bins, time), the lowest frequency first; any finite values, such as decibels. What is below the
+            quietest fifth looks alike.
         weights: (frames,), drawn as a curve, and as a glow over the frames; or (L, frames), drawn as a map with a row
             for each of L queries. There may be fewer frames than spectrogram columns (a model that subsamples by 4
             has a quarter): each frame covers an equal share of the time.
@@ -111,6 +113,9 @@ def spectrogram_overlay(
     Raises:
         ValueError: a shape, value or choice that is not allowed. ImportError: no matplotlib.
     """
+    _figure.require_matplotlib()
+    from matplotlib.ticker import MaxNLocator
+
     check_count(max_cells, "max_cells")
     check_choice(binning, "binning", BINNINGS)
     power = torch.as_tensor(spectrogram).detach().to("cpu", torch.float32)
@@ -122,14 +127,15 @@ def spectrogram_overlay(
     rows = Axis.fit(shares.size(0) if shares.dim() == 2 else 1, 1 if shares.dim() == 1 else max_cells)
     cells = bin_map(shares.view(rows.length, frames.length), rows, frames, binning)
 
-    strip_inches = 0.8 if shares.dim() == 1 else min(3.0, max(0.8, 0.2 * rows.length))
+    strip_inches = 0.8 if shares.dim() == 1 else min(3.0, max(1.1, 0.2 * rows.length))
     ax, chosen, _ = _figure.start(ax, style, (7.5, 2.6 + strip_inches))
     _figure.dress(ax, chosen)
     end = seconds if seconds is not None else float(power.size(1))
     top = hertz if hertz is not None else float(power.size(0))
     extent = (0.0, end, 0.0, top)
-    dark_is_loud = "gray_r" if chosen.background == "#ffffff" else "gray"
-    ax.imshow(power.numpy(), cmap=dark_is_loud, origin="lower", extent=extent, aspect="auto", alpha=0.85)
+    shades = "gray" if chosen.is_dark else "gray_r"  # silence recedes
+    quiet = power.quantile(0.2).item() if power.numel() < 2**24 else power.min().item()  # the limit of torch.quantile
+    ax.imshow(power.numpy(), cmap=shades, vmin=quiet, origin="lower", extent=extent, aspect="auto", alpha=0.85)
     ax.set_xlabel("time (s)" if seconds is not None else "spectrogram column")
     ax.set_ylabel("frequency (Hz)" if hertz is not None else "bin")
 
@@ -139,7 +145,7 @@ def spectrogram_overlay(
     strip.tick_params(labelbottom=False, bottom=False)
     norm = _figure.color_norm("linear", vmax, cells.max().item())
     covered = end * frames.cells * frames.size / frames.length  # a last, smaller cell reaches beyond the end
-    label = _figure.value_label(value_label, frames.size > 1 or rows.size > 1, binning)
+    label = _figure.value_label(value_label, rows, frames, binning)
     if shares.dim() == 1:
         glow = ax.imshow(
             cells.numpy(), cmap=_glow(chosen, 0.7), norm=norm, extent=(0.0, covered, 0.0, top), aspect="auto"
@@ -147,6 +153,7 @@ def spectrogram_overlay(
         edges = torch.linspace(0, covered, frames.cells + 1)
         strip.stairs(cells[0].numpy(), edges.numpy(), fill=True, color=chosen.mark, alpha=0.85)
         strip.set_ylim(0, norm.vmax * 1.05)
+        strip.yaxis.set_major_locator(MaxNLocator(nbins=2, prune="lower"))  # its 0 would touch the labels below
         strip.set_ylabel("weight")
         _figure.color_bar(ax, glow, label, chosen, "neither")
     else:
@@ -162,6 +169,7 @@ def spectrogram_overlay(
     _figure.write_title(strip, title, chosen)
     if names is not None and rows.size == 1:
         _figure.fit_tokens(strip, names, None, chosen)
+    _figure.settle(ax.figure)
     return ax.figure
 
 
@@ -203,10 +211,7 @@ def _patch_grid(patches: int, height: int, width: int, given: tuple[int, int] | 
 
 def _faded(grey: Tensor, style: Style) -> Any:
     """The image with less contrast, on the style's side of grey, so that the glow is what one sees."""
-    from matplotlib.colors import to_rgb
-
-    light = sum(to_rgb(style.background)) > 1.5
-    return (0.3 + 0.7 * grey if light else 0.7 * grey).numpy()
+    return (0.7 * grey if style.is_dark else 0.3 + 0.7 * grey).numpy()
 
 
 def _glow(style: Style, opacity: float) -> Colormap:

@@ -51,7 +51,7 @@
     context.font = font(size);
     context.textBaseline = "middle";
     const label = (side, chosen, draw) => {
-      const every = Math.max(1, Math.ceil((side.tokens && side.size === 1 ? size + 1 : 3 * size) / cell));
+      const every = Math.max(1, Math.ceil((side.tokens && side.size === 1 ? size : 3 * size) / cell));
       for (let place = 0; place < side.cells; place++) {
         const near = chosen !== null && Math.abs(place - chosen) < every;
         if (place !== chosen && (near || place % every)) continue;
