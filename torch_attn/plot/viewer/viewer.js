@@ -122,7 +122,8 @@
     list.replaceChildren();
     element("ranking-name").textContent = name;
     if (weightOf === null) return;
-    const order = Array.from({ length: side.cells }, (_, cell) => cell).sort((a, b) => weightOf(b) - weightOf(a) || a - b);
+    const order = Array.from({ length: side.cells }, (_, cell) => cell);
+    order.sort((a, b) => weightOf(b) - weightOf(a) || a - b);
     const most = weightOf(order[0]) || 1;
     for (const cell of order.slice(0, RANKED)) {
       const entry = document.createElement("li");
@@ -274,7 +275,9 @@
     const strip = strips[name];
     const pick = (cell) => (name === "query" ? choose(cell, null) : choose(null, cell));
     const cellOf = (event) => event.target.closest(".token")?.dataset.cell;
-    strip.addEventListener("pointermove", (event) => state.held || cellOf(event) === undefined || pick(Number(cellOf(event))));
+    strip.addEventListener("pointermove", (event) => {
+      if (!state.held && cellOf(event) !== undefined) pick(Number(cellOf(event)));
+    });
     strip.addEventListener("pointerleave", () => state.held || choose(null, null));
     strip.addEventListener("click", (event) => {
       if (cellOf(event) === undefined) return;
