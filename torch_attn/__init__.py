@@ -7,11 +7,16 @@ _load()  # registers the operators before anything below names them
 from . import _vmap  # noqa: E402, F401  (registers the batching rules)
 from .functional import attention, scaled_dot_product_attention  # noqa: E402
 from .modules import MultiheadAttention  # noqa: E402
+from .record import AttentionRecord, record_attention  # noqa: E402
 from .replace import replace_mha, restore_mha  # noqa: E402
+from .rollout import attention_rollout  # noqa: E402
 
 __all__ = [
+    "AttentionRecord",
     "MultiheadAttention",
     "attention",
+    "attention_rollout",
+    "record_attention",
     "replace_mha",
     "restore_mha",
     "scaled_dot_product_attention",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ import transformers
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import torch_attn
 from torch_attn.integrations.transformers import attention_forward, register
 
 from .models import BATCH, LENGTH, MODELS, VOCABULARY, Model, padding
@@ -166,6 +168,38 @@ def test_maps_carry_gradients() -> None:
         (gradient,) = torch.autograd.grad(first[..., 0].square().sum(), model.embeddings.word_embeddings.weight)
         gradients.append(gradient)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=1e-10 * gradients[0].abs().max().item())
+
+
+@pytest.mark.parametrize("name", ["bert", "gemma2", "gpt_oss", "t5"])
+def test_record_attention_collects_the_same_maps(name: str) -> None:
+    case = MODELS[name]
+    model, arguments = case.make().eval(), case.arguments(case.padded is not None)
+    with torch.no_grad():
+        expected = model(**arguments, output_attentions=True)
+        plain = model(**arguments)[case.output]
+        with torch_attn.record_attention(model) as record:
+            recorded = model(**arguments)[case.output]
+    assert torch.equal(recorded, plain)
+    assert len(record.layers) == case.calls
+    by_field = {
+        "encoder_attentions": "encoder.*.SelfAttention",
+        "decoder_attentions": "decoder.*.SelfAttention",
+        "cross_attentions": "*.EncDecAttention",
+    }
+    for field in case.attentions:
+        names = fnmatch.filter(record.layers, by_field.get(field, "*"))
+        for layer, weights in zip(names, expected[field], strict=True):
+            torch.testing.assert_close(record.maps[layer][0], weights)
+
+
+def test_record_attention_follows_generation() -> None:
+    case = MODELS["llama"]
+    model, arguments = case.make().eval(), case.arguments()
+    with torch_attn.record_attention(model, layers=0) as record:
+        generate(model, arguments, "dynamic")
+    (maps,) = record.maps.values()
+    lengths = [(LENGTH, LENGTH)] + [(1, LENGTH + step) for step in range(1, STEPS)]
+    assert [x.shape for x in maps] == [(BATCH, 4, *sizes) for sizes in lengths]
 
 
 def test_a_trace_holds_our_operator() -> None:
