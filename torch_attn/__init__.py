@@ -4,7 +4,7 @@ from ._library import load as _load
 
 _load()  # registers the operators before anything below names them
 
-from . import _vmap  # noqa: E402, F401  (registers the batching rules)
+from . import _vmap, plot  # noqa: E402, F401  (_vmap registers the batching rules; plot loads matplotlib when it draws)
 from .functional import attention, scaled_dot_product_attention  # noqa: E402
 from .modules import MultiheadAttention  # noqa: E402
 from .record import AttentionRecord, record_attention  # noqa: E402
@@ -16,6 +16,7 @@ __all__ = [
     "MultiheadAttention",
     "attention",
     "attention_rollout",
+    "plot",
     "record_attention",
     "replace_mha",
     "restore_mha",
