@@ -5,14 +5,14 @@ torch_attn comes in by replace_mha.
 import random
 
 import torch
+from grammar import LONGEST, PADDING, VERBS, WORDS, encode, find, sentence
 from torch import Tensor, nn
 from tqdm import trange
 
-from grammar import LONGEST, PADDING, PLACES, VERBS, WORDS, encode, find, sentence
 from torch_attn import replace_mha
 
 BATCH_SIZE = 64
-STEPS = 500
+STEPS = 300
 LEARNING_RATE = 3e-3
 
 
@@ -22,7 +22,7 @@ class LanguageModel(nn.Module):
     ``looks_back=False`` is the model without attention: each word sees itself only.
     """
 
-    def __init__(self, dim: int = 32, heads: int = 2, layers: int = 2, looks_back: bool = True) -> None:
+    def __init__(self, dim: int = 48, heads: int = 4, layers: int = 2, looks_back: bool = True) -> None:
         super().__init__()
         self.words = nn.Embedding(len(WORDS), dim)
         self.positions = nn.Parameter(torch.randn(LONGEST, dim) * 0.1)
@@ -67,6 +67,3 @@ def held_out(count: int = 500, seed: int = 10**6) -> Tensor:
     """Sentences of seeds that training does not use."""
     draw = random.Random(seed)
     return encode([sentence(draw) for _ in range(count)])
-
-
-SUBJECTS = tuple(PLACES)
