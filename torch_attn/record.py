@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from . import functional
+from .maps import AttentionStatistics, attention_statistics, attention_weights
 
 Reduce = Literal["mean", "sum"] | Callable[[Tensor], Tensor] | None
 
@@ -164,9 +164,7 @@ def record_attention(
 
     def observe(layer: str, query: Tensor, key: Tensor, logsumexp: Tensor, given: dict[str, Any]) -> None:
         if maps or (maps is None and not wanted):
-            weights = functional.attention_weights(
-                query, key, **given, logsumexp=logsumexp, heads=heads, queries=queries
-            )
+            weights = attention_weights(query, key, **given, logsumexp=logsumexp, heads=heads, queries=queries)
             record._add(layer, "map", weights)
         if wanted:
             for name, x in _statistics(query, key, wanted, given, **options).items():
@@ -235,7 +233,7 @@ class _Watch(TorchDispatchMode):
 
 
 def _check_statistics(wanted: tuple[str, ...], heads: object, reduce: Reduce) -> None:
-    possible = functional.AttentionStatistics._fields
+    possible = AttentionStatistics._fields
     for name in wanted:
         if name not in possible:
             raise ValueError(f"statistics names {name!r}, which is none of {', '.join(possible)}.")
@@ -265,7 +263,7 @@ def _choose_layers(layers: str | int | Sequence[str | int] | None, names: Any) -
 def _statistics(
     query: Tensor, key: Tensor, wanted: tuple[str, ...], given: dict[str, Any], top_k: int, mass_window: int
 ) -> dict[str, Tensor]:
-    found = functional.attention_statistics(
+    found = attention_statistics(
         query,
         key,
         **given,
