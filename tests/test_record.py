@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import torch_attn
-from torch_attn import record_attention, replace_mha
+from torch_attn import record_attention, reference, replace_mha
 
 BATCH, LENGTH, DIM, HEADS = 3, 6, 16, 4
 ROW_STATISTICS = ("entropy", "max_weight", "argmax", "mean_distance", "logsumexp", "window_mass")
@@ -165,7 +165,7 @@ def test_options_of_the_call_reach_the_maps() -> None:
         model(inputs())
     q, k = (x.double() for x in seen)
     exact = {n: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for n, x in options.items()}
-    _, _, expected = torch_attn.reference.attention(q, k[:, ::2], k[:, ::2], **exact)
+    _, _, expected = reference.attention(q, k[:, ::2], k[:, ::2], **exact)
     torch.testing.assert_close(record.maps[""][0], expected.float())
 
 

@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 
 import torch
+
 from grammar import SENTENCE, WORDS, encode
 from language_model import STEPS, LanguageModel, accuracy_at_the_verb, held_out, train
 from subject_head import draw, find_subject_head, map_of_the_sentence

@@ -5,10 +5,10 @@ torch_attn comes in by replace_mha.
 import random
 
 import torch
-from grammar import LONGEST, PADDING, VERBS, WORDS, encode, find, sentence
 from torch import Tensor, nn
 from tqdm import trange
 
+from grammar import LONGEST, PADDING, VERBS, WORDS, encode, find, sentence
 from torch_attn import replace_mha
 
 BATCH_SIZE = 64

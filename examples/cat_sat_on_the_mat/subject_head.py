@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 import matplotlib
 import torch
-from grammar import PLACES, SENTENCE, VERBS, encode, find
-from language_model import LanguageModel
 from torch import Tensor
 
 import torch_attn
+from grammar import PLACES, SENTENCE, VERBS, encode, find
+from language_model import LanguageModel
 
 matplotlib.use("Agg")  # draws into a file, so no screen is needed
 
