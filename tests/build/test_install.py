@@ -65,4 +65,4 @@ print({name.split(".")[0] for name in set(sys.modules) - before})
 """
     result = run_python(code, site)
     assert result.returncode == 0, result.stderr
-    assert not {"matplotlib", "sklearn", "tqdm", "scipy"} & eval(result.stdout)
+    assert not {"matplotlib", "sklearn", "tqdm", "scipy", "transformers"} & eval(result.stdout)

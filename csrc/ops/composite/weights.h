@@ -19,10 +19,12 @@ struct NoAutocast {
 // Everything between the inputs and out, in the accumulator type and with Hq heads.
 struct Weights {
   Sizes sizes;
+  at::ScalarType dtype = at::kFloat;  // the inputs' own
   Tensor query, key, value;
   c10::Scalar scale;
   double softcap = 0;
   Tensor capped;  // softcap(scale · q·k)
+  Tensor scores;  // with ALiBi and mask; −inf where a key is not attended
   Tensor minus_distance;
   Tensor weights;       // the softmax; 0 in empty rows
   Tensor sink_weights;  // (B, Hq, L, 1): the sink's share; undefined without sinks
@@ -33,8 +35,13 @@ struct Weights {
   Tensor drop(const Tensor& t) const { return kept.defined() ? t * kept : t; }
 };
 
-// The arguments must have been checked.
-Weights compute_weights(const ForwardArguments& arguments, const Tensor& rng_state);
+// The arguments must have been checked. rng_state is read only if there is dropout.
+Weights compute_weights(const ForwardArguments& arguments, const Tensor& rng_state, const SelectedRows& selected = {});
+
+// From the gradient of the scores to that of everything they are made of, value's excluded. row_term, (B, Hq, L, 1), is
+// what a row's softmax subtracts from the gradients of its weights: the gradient of a sink.
+BackwardResult gradients_of_scores(const Weights& weights, const Tensor& grad_scores, const Tensor& row_term,
+                                   const Options& options, const OutputMask& output_mask);
 
 // Each query head's own key or value head: (B, Hkv, S, D) -> (B, Hq, S, D); and its transpose.
 Tensor expand_kv_heads(const Tensor& tensor, const Sizes& sizes);
