@@ -171,6 +171,19 @@ def test_color_scales(color_scale: str, middle: float) -> None:
     assert float(image.norm(0.0)) == 0
 
 
+@pytest.mark.parametrize("color_scale", ["linear", "sqrt", "log"])
+@pytest.mark.parametrize("largest", [0.64, 0.97, 0.013])
+def test_ticks_beyond_the_largest_weight_are_not_drawn_on_the_bar(largest: float, color_scale: str) -> None:
+    figure = plot.heatmap(torch.tensor([[largest, 0.0]]), color_scale=color_scale)
+    bar = figure.axes[0].child_axes[0]
+    figure.draw_without_rendering()
+    box = bar.get_window_extent()
+    for place in bar.get_yticks():
+        height = bar.transData.transform((0, place))[1]
+        assert box.y0 - 1 <= height <= box.y1 + 1 or not largest / 1e4 <= place <= largest
+        assert height > box.y1 or place <= largest * (1 + 1e-6)
+
+
 @pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
 def test_colours_run_in_equal_steps_of_lightness(style: object) -> None:
     """CIE L* of sRGB, IEC 61966-2-1."""

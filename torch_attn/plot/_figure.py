@@ -103,8 +103,8 @@ def color_norm(color_scale: str, vmax: float | None, largest: float) -> Normaliz
         raise ValueError(f"vmax is {vmax}; it must be above 0.")
     top = vmax if vmax is not None else (largest or 1.0)
     if color_scale == "log":
-        return LogNorm(top / 10**LOG_DECADES, top, clip=True)
-    return PowerNorm(0.5, 0, top, clip=True) if color_scale == "sqrt" else Normalize(0, top, clip=True)
+        return LogNorm(top / 10**LOG_DECADES, top, clip=True)  # a weight of 0 is drawn as the smallest
+    return PowerNorm(0.5, 0, top) if color_scale == "sqrt" else Normalize(0, top)
 
 
 def dress(ax: Axes, style: Style) -> None:
@@ -158,7 +158,7 @@ def printable(token: str, longest: int = LONGEST) -> str:
 def label_axis(axis: MplAxis, side: Axis, tokens: Sequence[str] | None, label: str, style: Style) -> None:
     """Tokens where a cell is one token and they are known, positions otherwise; the label says what a cell holds."""
     if tokens is not None and side.size == 1:
-        _set_tokens(axis, [printable(token) for token in tokens], 1, LABEL_SIZES[1], style)
+        axis.set_ticks([])  # fit_tokens writes them
         axis.set_tick_params(length=0)
     else:
         from matplotlib.ticker import MaxNLocator
