@@ -27,7 +27,7 @@
     const muted = css.getPropertyValue("--muted"), mark = css.getPropertyValue("--mark");
     const room = Math.min(760, canvas.parentElement.clientWidth);
     const font = (size) => `${size}px "DejaVu Sans", system-ui, sans-serif`;
-    context.font = font(10);
+    context.font = font(11);
     const tick = (side, cell) => (side.size === 1 ? shortName(side, cell) : String(cell * side.size));
     const widest = (side) => {
       const names = Array.from({ length: side.cells }, (_, cell) => tick(side, cell));
