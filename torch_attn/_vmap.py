@@ -19,10 +19,15 @@ _library = torch.library.Library("torch_attn", "IMPL")
 
 # Gradients in the order of output_mask.
 _GRADIENTS = ("query", "key", "value", "attn_mask", "alibi_slopes", "sinks")
+_MAP_GRADIENTS = ("query", "key", "attn_mask", "alibi_slopes", "sinks")  # of the operators on attention maps
+_STATISTICS = ("logsumexp", "entropy", "max_weight", "argmax", "mean_distance", "window_mass")
+_STATISTICS = (*_STATISTICS, "top_weights", "top_indices", "column_sum")
 _BY_BATCH = (
     *("query", "key", "value", "grad_out", "grad_logsumexp", "out", "logsumexp", "key_lengths"),
     *("tangent_query", "tangent_key", "tangent_value", "tangent_out", "tangent_logsumexp"),
     *("tangent_grad_out", "tangent_grad_logsumexp"),
+    *(n for name in _STATISTICS[1:] for n in (name, f"grad_{name}")),
+    "grad_weights",
 )
 _Outputs = list[tuple[Tensor, int | None]]
 
@@ -49,14 +54,19 @@ class _Call:
         self.size = size
         self.batch = query.size(1 if "query" in self.mapped else 0)
         self.shapes = {n: x.shape[1:] if n in self.mapped else x.shape for n, x in self.tensors().items()}
-        wanted = self.arguments.get("output_mask") or [False] * len(_GRADIENTS)
+        gradients = _GRADIENTS if "value" in self.arguments else _MAP_GRADIENTS
+        wanted = dict(zip(gradients, self.arguments.get("output_mask") or [False] * len(gradients), strict=True))
+        if "query_rows" in self.mapped:
+            raise RuntimeError(
+                "vmap: attention_weights takes one choice of queries for all entries, but queries is mapped."
+            )
         self._fold_dropout(randomness)
         for name in _BY_BATCH:
             if isinstance(self.arguments.get(name), Tensor):
                 self.arguments[name] = self._with_map(name).flatten(0, 1)
-        for index, name in enumerate(_GRADIENTS[3:], start=3):
+        for name in _GRADIENTS[3:]:
             pair = [n for n in (name, f"tangent_{name}") if isinstance(self.arguments.get(n), Tensor)]
-            apart = wanted[index] or any(n in self.mapped for n in pair)
+            apart = wanted[name] or any(n in self.mapped for n in pair)
             for n in pair:
                 self.arguments[n] = self._fold_option(n, apart)
 
@@ -81,7 +91,7 @@ class _Call:
     def _fold_dropout(self, randomness: str) -> None:
         """The bits belong to a batch entry: tell the kernels which entries of the larger batch share them."""
         state = self.arguments.get("rng_state")
-        if self.arguments["dropout_p"] == 0:
+        if self.arguments.get("dropout_p", 0.0) == 0:
             if "rng_state" in self.mapped:
                 self.arguments["rng_state"] = state[0]
             return
@@ -135,6 +145,15 @@ def _backward(call: _Call) -> _Outputs:
     return [call.unfold_gradient(n, g) for n, g in zip(_GRADIENTS, call.op(**call.arguments), strict=True)]
 
 
+def _map_backward(call: _Call) -> _Outputs:
+    return [call.unfold_gradient(n, g) for n, g in zip(_MAP_GRADIENTS, call.op(**call.arguments), strict=True)]
+
+
+def _statistics(call: _Call) -> _Outputs:
+    # A statistic that was not asked for has no dimension to unfold.
+    return [(x, None) if x.dim() == 1 else call.unfold(x) for x in call.op(**call.arguments)]
+
+
 def _register(name: str, rule: Callable[[_Call], _Outputs]) -> None:
     op = getattr(_ops, name).default
 
@@ -167,6 +186,10 @@ for _name, _rule in {
     "attention_backward": _backward,
     "attention_jvp": _jvp,
     "attention_backward_jvp": _backward,
+    "attention_statistics_forward": _statistics,
+    "attention_statistics_backward": _map_backward,
+    "attention_weights_forward": _jvp,
+    "attention_weights_backward": _map_backward,
 }.items():
     _register(_name, _rule)
 _library.impl("dropout_keep_mask", _dropout_keep_mask, "FuncTorchBatched")

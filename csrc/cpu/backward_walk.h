@@ -16,29 +16,30 @@ struct BackwardPlan {
   int64_t key_columns, value_columns;  // row lengths of the sums for grad_key and grad_value; 0 if not needed
 };
 
-// One task's memory, and its walk over the keys with one block of rows after the other.
-template <class RealType>
+// One task's memory, and its walk over the keys with one block of rows after the other. Tile makes the weights and
+// score gradients: GradientTile, or one like it.
+template <class Tile>
 struct VectorWalk {
-  using Real = RealType;
+  using Real = typename Tile::Real;
   using Block = RowBlock<Real>;
-  using Tensors = BackwardTensors;
-  using Wanted = typename GradientTile<Real>::Wanted;
+  using Tensors = typename Tile::Tensors;
+  using Wanted = typename Tile::Wanted;
   static constexpr int64_t kColumns = kLanes<Real>;  // the sums' row lengths are a multiple of this
   static constexpr int64_t kExtraKeys = 0;           // rows that a walk may touch after the sums' last key
   static int64_t block_rows(int64_t rows) { return balanced_block<Real>(rows, kBackwardRows); }
 
   const BackwardPlan& b;
   const AttentionProblem& p;
-  const BackwardTensors& t;
+  const Tensors& t;
   int64_t batch, kv_head;
   Real *key_sums, *value_sums;
-  GradientTile<Real> tile;
+  Tile tile;
   Real *weights, *gradients;  // panels: [lane offset · kBackwardKeys][key][lane]
   Real *grad_query, *grad_query_rows, *ones;
   Real *key_scratch, *value_scratch;
 
-  VectorWalk(const AttentionProblem& problem, const BackwardTensors& tensors, const BackwardPlan& plan,
-             int64_t batch_index, int64_t kv_head_index, Real* key_gradient, Real* value_gradient, Scratch& scratch)
+  VectorWalk(const AttentionProblem& problem, const Tensors& tensors, const BackwardPlan& plan, int64_t batch_index,
+             int64_t kv_head_index, Real* key_gradient, Real* value_gradient, Scratch& scratch)
       : b(plan),
         p(problem),
         t(tensors),
@@ -46,7 +47,7 @@ struct VectorWalk {
         kv_head(kv_head_index),
         key_sums(key_gradient),
         value_sums(value_gradient),
-        tile(p, scratch) {
+        tile(p, t, scratch) {
     const int64_t lanes = b.block_rows;
     weights = scratch.take<Real>(lanes * kBackwardKeys);
     gradients = scratch.take<Real>(lanes * kBackwardKeys);

@@ -78,13 +78,16 @@ TA_NOINLINE Real sum_slope_gradient(const ScoreStage<Real>& stage, int64_t row, 
 }
 
 // Weights and score gradients of one panel with one block of keys.
-template <class Real>
+template <class RealType>
 struct GradientTile {
+  using Real = RealType;
+  using Tensors = BackwardTensors;
+
   const AttentionProblem& p;
   Dropout dropout;
   TileScratch<Real> scratch;
 
-  GradientTile(const AttentionProblem& problem, Scratch& memory)
+  GradientTile(const AttentionProblem& problem, const BackwardTensors&, Scratch& memory)
       : p(problem),
         dropout(Dropout::make(problem.dropout_p, problem.philox_seed, problem.philox_offset)),
         scratch(problem, memory) {}
