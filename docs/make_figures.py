@@ -61,7 +61,7 @@ def photograph(page: plot.Page, pointed_at: str) -> None:
         print("no Chromium: the picture of the HTML page stays as it is")
         return
     file = page.save(IMAGES / "page.html")
-    browser = Chromium(1280, 860)
+    browser = Chromium(1280, 900)
     try:
         for style in STYLES:
             browser.open(file, style)

@@ -26,7 +26,8 @@ def test_wheel_holds_the_package_the_library_and_the_cmake_package(wheel: Path) 
         "torch_attn/share/cmake/torch_attn/torch_attnTargets-release.cmake",
         "torch_attn/share/cmake/torch_attn/torch_attnTorch.cmake",
     }
-    assert files == modules | built | {"torch_attn/py.typed"}
+    viewer = {f"torch_attn/plot/viewer/{name}" for name in ("page.html", "style.css", "maps.js", "viewer.js")}
+    assert files == modules | built | viewer | {"torch_attn/py.typed"}
 
 
 def test_wheel_requires_the_torch_it_was_built_for_and_nothing_else(wheel: Path) -> None:

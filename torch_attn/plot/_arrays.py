@@ -4,7 +4,7 @@ picture has room for. Torch alone, so that the HTML page needs no matplotlib.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,31 @@ def to_weights(weights: Any, shapes: str, dims: tuple[int, ...], name: str = "we
     if not bool(torch.isfinite(values).all()) or bool((values < 0).any()):
         raise ValueError(f"{name} holds negative, infinite or NaN values; attention weights are finite and at least 0.")
     return values
+
+
+def to_layers(weights: Any) -> tuple[list[str], list[Tensor]]:
+    """The layers' names, and (heads, L, S) for each, of whatever may hold several layers.
+
+    From a record of torch_attn.record_attention, which holds the maps of each call, the newest are taken.
+    """
+    maps = getattr(weights, "maps", weights)
+    if isinstance(maps, Mapping):
+        if not maps:
+            raise ValueError("weights holds no maps: run the model within record_attention, with maps asked for.")
+        newest = {str(name): calls[-1] if isinstance(calls, list) else calls for name, calls in maps.items()}
+        return list(newest), [_to_heads(layer, f"the map of {name!r}") for name, layer in newest.items()]
+    if isinstance(weights, (list, tuple)) and weights and all(hasattr(layer, "shape") for layer in weights):
+        layers = [_to_heads(layer, f"weights[{place}]") for place, layer in enumerate(weights)]
+    else:
+        shapes = "(L, S), (heads, L, S), (layers, heads, L, S), or one (heads, L, S) a layer"
+        several = to_weights(weights, shapes, (2, 3, 4))
+        layers = list(several) if several.dim() == 4 else [_to_heads(several, "weights")]
+    return [f"layer {place}" for place in range(len(layers))], layers
+
+
+def _to_heads(layer: Any, name: str) -> Tensor:
+    maps = to_weights(layer, "(heads, L, S) or (L, S): choose one of a batch", (2, 3), name)
+    return maps if maps.dim() == 3 else maps.unsqueeze(0)
 
 
 def to_tokens(tokens: Sequence[object] | None, length: int, name: str) -> list[str] | None:

@@ -72,7 +72,7 @@ def feature_bars(
     rest = mean.sum().item() - sum(lengths)
     label = value_label if values.size(0) == 1 else f"{value_label}: mean of {values.size(0)} (dots: each)"
     if count > len(places):
-        label += f"\nthe other {count - len(places)} features:  {rest:.3g} together"
+        label += f"\nthe other {count - len(places)} features: {rest:.3g} together"
     ax.set_xlabel(label).set_parse_math(False)
     _figure.write_title(ax, title, style_)
     drawn = [names[place] for place in places]

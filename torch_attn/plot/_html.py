@@ -12,7 +12,7 @@ import hashlib
 import html as markup
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._arrays import BINNINGS, Axis, bin_map, check_choice, check_count, to_tokens, to_weights
+from ._arrays import BINNINGS, Axis, bin_map, check_choice, check_count, to_layers, to_tokens
 from ._colors import DARK, LIGHT, STYLES, Style
 
 VIEWER = Path(__file__).parent / "viewer"
 LEVELS = 255  # a weight is stored as a whole number of 255ths of its row's largest
-SHAPES = "(L, S), (heads, L, S), (layers, heads, L, S), or a sequence or mapping of (heads, L, S), one a layer"
 
 
 class Page(str):
@@ -62,11 +61,12 @@ def html(
     reader's system is. Tokens and titles are shown as text, whatever they hold.
 
     Args:
-        weights: (L, S), (heads, L, S) or (layers, heads, L, S); or a sequence, or a mapping from layers' names, of one
-            (heads, L, S) a layer, whose numbers of heads may differ. A batch of one may come before the heads.
+        weights: what :func:`torch_attn.record_attention` recorded; or (L, S), (heads, L, S) or (layers, heads, L, S);
+            or a sequence, or a mapping from layers' names, of one (heads, L, S) a layer, whose numbers of heads may
+            differ. A batch of one may come before the heads.
         tokens: the L queries' names; also the keys', where ``key_tokens`` is None and L equals S.
         key_tokens: the S keys' names.
-        layer_names: one name a layer; None: the mapping's keys, or "layer 0", ...
+        layer_names: one name a layer; None: the record's or mapping's names, or "layer 0", ...
         head_names: one name a head of the layer with the most heads; None: "head 0", ...
         title, query_label, key_label, value_label: texts.
         max_cells: maps with more rows or columns are binned to at most so many cells a side.
@@ -81,7 +81,7 @@ def html(
     """
     check_count(max_cells, "max_cells")
     check_choice(binning, "binning", BINNINGS)
-    names, layers = _layers(weights)
+    names, layers = to_layers(weights)
     length, keys = layers[0].shape[-2:]
     if any(layer.shape[-2:] != (length, keys) for layer in layers):
         shapes = ", ".join(str(tuple(layer.shape)) for layer in layers)
@@ -113,23 +113,6 @@ def html(
         "scales": _base64(torch.cat([scales.flatten() for _, scales in stored])),
     }
     return Page(_fill(payload, title, _about(payload, rows, columns)))
-
-
-def _layers(weights: Any) -> tuple[list[str], list[Tensor]]:
-    """The layers' names, and one (heads, L, S) for each."""
-    if isinstance(weights, Mapping):
-        return list(map(str, weights)), [_heads(layer, f"weights[{name!r}]") for name, layer in weights.items()]
-    if isinstance(weights, (list, tuple)) and all(hasattr(layer, "shape") for layer in weights):
-        layers = [_heads(layer, f"weights[{place}]") for place, layer in enumerate(weights)]
-    else:
-        maps = to_weights(weights, SHAPES, (2, 3, 4))
-        layers = list(maps) if maps.dim() == 4 else [_heads(maps, "weights")]
-    return [f"layer {place}" for place in range(len(layers))], layers
-
-
-def _heads(layer: Any, name: str) -> Tensor:
-    maps = to_weights(layer, "(heads, L, S) or (L, S)", (2, 3), name)
-    return maps if maps.dim() == 3 else maps.unsqueeze(0)
 
 
 def _quantise(cells: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from . import _figure
-from ._arrays import BINNINGS, Axis, bin_map, check_choice, check_count, to_tokens, to_weights
+from ._arrays import BINNINGS, Axis, bin_map, check_choice, check_count, to_layers, to_tokens, to_weights
 from ._colors import Style
 
 if TYPE_CHECKING:
@@ -157,9 +158,10 @@ def head_grid(
     """Many maps side by side, with one colour scale, to see at a glance what each head does.
 
     Args:
-        weights: (heads, L, S), or (layers, heads, L, S) for a row of maps a layer.
+        weights: (heads, L, S), or (layers, heads, L, S) for a row of maps a layer; or what
+            :func:`torch_attn.record_attention` recorded, or a sequence or mapping of one (heads, L, S) a layer.
         columns: how many maps a row; None: all heads of a layer, or for a single layer what is nearest a square.
-        layer_names, head_names: one name each; None: "layer 0", ... and "head 0", ...
+        layer_names, head_names: one name each; None: the record's names or "layer 0", ..., and "head 0", ...
         others: as in :func:`heatmap`; an ``ax`` must stem from a grid (``pyplot.subplots``), which is divided further.
 
     Returns:
@@ -168,21 +170,23 @@ def head_grid(
     Raises:
         ValueError: a shape, value or choice that is not allowed. ImportError: no matplotlib.
     """
-    values = to_weights(weights, "(heads, L, S) or (layers, heads, L, S)", (3, 4))
-    maps = values if values.dim() == 4 else values.unsqueeze(0)
-    layers, heads = maps.size(0), maps.size(1)
+    names, maps = to_layers(weights)
+    if len({layer.shape for layer in maps}) > 1:
+        shapes = ", ".join(str(tuple(layer.shape)) for layer in maps)
+        raise ValueError(f"weights has layers of shapes {shapes}; head_grid draws layers of one shape: choose some.")
+    layers, heads = len(maps), maps[0].size(0)
     across = columns if columns is not None else (heads if layers > 1 else math.ceil(math.sqrt(heads)))
     check_count(across, "columns")
     down_a_layer = -(-heads // across)
-    layer_texts = to_tokens(layer_names, layers, "layer_names") or [f"layer {layer}" for layer in range(layers)]
+    layer_texts = to_tokens(layer_names, layers, "layer_names") or _short_names(names)
     head_texts = to_tokens(head_names, heads, "head_names") or [f"head {head}" for head in range(heads)]
-    rows, cols = _axes_of(maps, max_cells, binning)
+    rows, cols = _axes_of(maps[0], max_cells, binning)
 
     panel = min(1.9, max(0.9, 9.0 / across))
     ratio = min(2.0, max(0.5, rows.length / cols.length))
     size = (max(3.6, across * panel + 1.3), layers * down_a_layer * (panel * ratio + 0.08) + 0.7)
     panels, chosen, figure = _panels(ax, style, size, layers * down_a_layer, across)
-    cells = bin_map(maps, rows, cols, binning)
+    cells = torch.stack([bin_map(layer, rows, cols, binning) for layer in maps])
     norm = _figure.color_norm(color_scale, vmax, cells.max().item())
     for place, axis in enumerate(panels.flat):
         row, column = divmod(place, across)
@@ -209,6 +213,17 @@ def head_grid(
     _figure.dress_bar(bar, _figure.value_label(value_label, rows, cols, binning), chosen)
     _figure.settle(figure)
     return figure
+
+
+def _short_names(names: list[str]) -> list[str]:
+    """Without the parts that all names share: "encoder.layers.0.self_attn" becomes "layer 0"."""
+    parts = [name.split(".") for name in names]
+    while len(parts) > 1 and min(map(len, parts)) > 1 and len({part[0] for part in parts}) == 1:
+        parts = [part[1:] for part in parts]
+    while len(parts) > 1 and min(map(len, parts)) > 1 and len({part[-1] for part in parts}) == 1:
+        parts = [part[:-1] for part in parts]
+    short = [".".join(part) for part in parts]
+    return [_figure.printable(f"layer {name}" if name.isdecimal() else name) for name in short]
 
 
 def _axes_of(values: Tensor, max_cells: int, binning: str) -> tuple[Axis, Axis]:

@@ -95,7 +95,8 @@ const maps = (() => {
 
   const layerName = (layer) => data.layers[layer];
   const headName = (head) => (head === MEAN ? "mean of heads" : data.heads[head]);
-  const cellKind = { mean: "mean weight of the cell", max: "largest weight of the cell" }[data.binning] ?? data.valueLabel;
+  const kinds = { mean: "mean weight of the cell", max: "largest weight of the cell" };
+  const cellKind = kinds[data.binning] ?? data.valueLabel;
 
   return {
     MEAN, rows, columns, counts: data.counts, layers: data.layers, valueLabel: data.valueLabel, cellKind,

@@ -29,13 +29,14 @@
     const font = (size) => `${size}px "DejaVu Sans", system-ui, sans-serif`;
     context.font = font(10);
     const tick = (side, cell) => (side.size === 1 ? shortName(side, cell) : String(cell * side.size));
-    const margin = (side) => {
+    const widest = (side) => {
       const names = Array.from({ length: side.cells }, (_, cell) => tick(side, cell));
-      return 8 + Math.min(90, Math.max(...names.map((name) => context.measureText(name).width)));
+      return Math.min(90, Math.max(...names.map((name) => context.measureText(name).width)));
     };
-    const left = margin(rows), top = margin(columns);
+    const left = 8 + widest(rows), top = 8 + Math.max(10, widest(columns));
     const cell = Math.max(0.5, Math.min((room - left - 2) / columns.cells, 640 / rows.cells, 44));
     frame = { left, top, width: cell * columns.cells, height: cell * rows.cells };
+    Object.assign(canvas.dataset, frame); // for scripts that want to point at a cell
     const width = left + frame.width + 2, height = top + frame.height + 2;
     canvas.style.width = `${width}px`;
     canvas.style.height = `${height}px`;
@@ -61,12 +62,15 @@
     };
     context.textAlign = "right";
     label(rows, state.query, (text, y) => context.fillText(cut(context, text, left - 6), left - 4, top + y));
-    context.save();
-    context.translate(left, top - 4);
-    context.rotate(-Math.PI / 2);
-    context.textAlign = "left";
-    label(columns, state.key, (text, x) => context.fillText(cut(context, text, top - 6), 0, x));
-    context.restore();
+    const lying = widest(columns) < 0.9 * cell;
+    context.textAlign = lying ? "center" : "left";
+    label(columns, state.key, (text, x) => {
+      context.save();
+      context.translate(left + x, top - (lying ? 9 : 4));
+      if (!lying) context.rotate(-Math.PI / 2);
+      context.fillText(cut(context, text, top - 6), 0, 0);
+      context.restore();
+    });
     context.strokeStyle = mark;
     context.lineWidth = 1.5;
     if (state.query !== null) context.strokeRect(left, top + state.query * cell, frame.width, cell);
@@ -118,7 +122,8 @@
     list.replaceChildren();
     element("ranking-name").textContent = name;
     if (weightOf === null) return;
-    const order = Array.from({ length: side.cells }, (_, cell) => cell).sort((a, b) => weightOf(b) - weightOf(a) || a - b);
+    const order = Array.from({ length: side.cells }, (_, cell) => cell);
+    order.sort((a, b) => weightOf(b) - weightOf(a) || a - b);
     const most = weightOf(order[0]) || 1;
     for (const cell of order.slice(0, RANKED)) {
       const entry = document.createElement("li");
@@ -270,7 +275,9 @@
     const strip = strips[name];
     const pick = (cell) => (name === "query" ? choose(cell, null) : choose(null, cell));
     const cellOf = (event) => event.target.closest(".token")?.dataset.cell;
-    strip.addEventListener("pointerover", (event) => state.held || cellOf(event) === undefined || pick(Number(cellOf(event))));
+    strip.addEventListener("pointermove", (event) => {
+      if (!state.held && cellOf(event) !== undefined) pick(Number(cellOf(event)));
+    });
     strip.addEventListener("pointerleave", () => state.held || choose(null, null));
     strip.addEventListener("click", (event) => {
       if (cellOf(event) === undefined) return;
