@@ -90,9 +90,9 @@ def multi_head_attention(
     q, k, v = _heads_first(q, batch_first), _heads_first(k, batch_first), _heads_first(v, batch_first)
 
     # The hint replaces attn_mask only where the kernel's causal mask is what a true hint promises. Appended keys have
-    # no place on the diagonal, and the returned weights are computed from the mask.
+    # no place on the diagonal.
     appended = (0 if bias_k is None else 1) + (1 if add_zero_attn else 0)
-    causal = is_causal and not need_weights and appended == 0
+    causal = is_causal and appended == 0
     causal = causal and (key_padding_mask is None or query_length == key_length)
     per_head_mask: Tensor | None = None
     if attn_mask is not None and (not causal or key_padding_mask is not None):
@@ -106,9 +106,8 @@ def multi_head_attention(
 
     weights: Tensor | None = None
     if need_weights:
-        out, all_weights = _attention_with_weights(q, k, v, mask, dropout_p)
-        weights = all_weights.mean(1) if average_attn_weights else all_weights
-        weights = weights.to(out.dtype) if is_batched else weights.to(out.dtype).squeeze(0)
+        out, weights = _attention_with_weights(q, k, v, mask, dropout_p, causal, average_attn_weights)
+        weights = weights if is_batched else weights.squeeze(0)
     else:
         out = torch.ops.torch_attn.attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=causal)
 
@@ -143,8 +142,7 @@ def _nested_self_attention(
     if need_weights:
         valid = torch.arange(padded.size(1), device=x.device) < lengths.unsqueeze(1)
         mask = (valid.unsqueeze(2) & valid.unsqueeze(1)).unsqueeze(1)
-        out, all_weights = _attention_with_weights(q, k, v, mask, dropout_p)
-        weights = (all_weights.mean(1) if average_attn_weights else all_weights).to(out.dtype)
+        out, weights = _attention_with_weights(q, k, v, mask, dropout_p, False, average_attn_weights)
     else:
         out = torch.ops.torch_attn.attention(q, k, v, dropout_p=dropout_p, key_lengths=lengths)
     nested = torch._nested_from_padded(out.transpose(1, 2).flatten(-2), sizes)
@@ -304,42 +302,22 @@ def _merge_masks(attn_mask: Tensor | None, key_padding_mask: Tensor | None, appe
 
 
 def _attention_with_weights(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool, average: bool
 ) -> tuple[Tensor, Tensor]:
-    """The kernel's output (N, H, L, D), and the weights (N, H, L, S) that the same call used, dropout included.
+    """The kernel's output (N, H, L, D), and the weights that the same call used, dropout included.
 
-    weights = exp(score − logsumexp), in place in one (N·H, L, S) tensor: writing to fresh memory would cost more than
-    the arithmetic. A row with nothing to attend has logsumexp −inf, for which +inf is put: its weights are exp(−inf).
+    The weights are (N, H, L, S), or (N, L, S) for ``average``, their mean over the heads.
     """
-    out, logsumexp, rng_state = torch.ops.torch_attn.attention_forward(q, k, v, attn_mask=mask, dropout_p=dropout_p)
-    empty = logsumexp == -math.inf
-    additive = mask is not None and mask.dtype != torch.bool
-    if additive:
-        logsumexp = logsumexp.detach()  # the division below makes the weights independent of it
-    weights = _scores(q, k, logsumexp.masked_fill(empty, math.inf))
-    if mask is not None:
-        one_for_all = mask.size(0) == 1 and mask.size(1) == 1
-        flat = mask.squeeze(0) if one_for_all else mask.expand(q.size(0), q.size(1), -1, -1).flatten(0, 1)
-        weights = weights.add_(flat) if additive else weights.masked_fill_(flat.logical_not(), -math.inf)
-    weights = weights.exp_().unflatten(0, [q.size(0), q.size(1)])
-    if additive:  # a row under a bias such as −1e9 has a logsumexp without the digits that make its weights sum to 1
-        weights = weights / weights.sum(-1, keepdim=True).masked_fill(empty.unsqueeze(-1), 1.0)
+    out, logsumexp, rng_state = torch.ops.torch_attn.attention_forward(
+        q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal
+    )
+    heads = "mean" if average and dropout_p == 0.0 else "all"
+    weights = torch.ops.torch_attn.attention_weights(
+        q, k, attn_mask=mask, is_causal=is_causal, logsumexp=logsumexp, heads=heads
+    )
     if dropout_p > 0.0:
-        batch, heads, query_length, key_length = weights.shape
-        keep = torch.ops.torch_attn.dropout_keep_mask(rng_state, batch, heads, query_length, key_length, dropout_p)
+        batch, num_heads, query_length, key_length = weights.shape
+        keep = torch.ops.torch_attn.dropout_keep_mask(rng_state, batch, num_heads, query_length, key_length, dropout_p)
         weights = weights * keep * (1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0)
+        weights = weights.mean(1) if average else weights
     return out, weights
-
-
-def _scores(q: Tensor, k: Tensor, logsumexp: Tensor) -> Tensor:
-    """q · k / sqrt(D) − logsumexp, (N·H, L, S), in logsumexp's dtype, which autocast must not lower again."""
-    scale = 1.0 / math.sqrt(q.size(-1))
-    shift = logsumexp.neg().unsqueeze(-1).flatten(0, 1)
-    q = q.to(logsumexp.dtype).flatten(0, 1)
-    k = k.to(logsumexp.dtype).flatten(0, 1).transpose(1, 2)
-    if torch.jit.is_scripting():  # which has no autocast to turn off for a device known only when it runs
-        return torch.baddbmm(shift, q, k, alpha=scale).to(shift.dtype)
-    if not torch.amp.is_autocast_available(q.device.type):  # the meta device
-        return torch.baddbmm(shift, q, k, alpha=scale)
-    with torch.autocast(q.device.type, enabled=False):
-        return torch.baddbmm(shift, q, k, alpha=scale)

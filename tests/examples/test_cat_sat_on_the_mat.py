@@ -25,7 +25,7 @@ def one_thread() -> Iterator[None]:
 
 
 def trained(steps: int, looks_back: bool) -> LanguageModel:
-    torch.manual_seed(0)  # as the demo does; twelve of twelve seeds that were tried learn it
+    torch.manual_seed(0)  # as the demo does; every seed that was tried learns it
     model = LanguageModel(looks_back=looks_back)
     train(model, seed=0, steps=steps)
     return model.eval()
