@@ -112,6 +112,7 @@ struct VectorWalk {
       fill<Real>(panel_gradients + span.begin * width, 0, (span.end - span.begin) * width);
       return span;
     }
+    prefetch_next_bias(stage.mask_rows, block.row, block.rows, offset, width, key, keys);
     if (b.needs_query) {
       combine_rows<Real, kVectors, false>(
           p.head_dim, span.end - span.begin, key_rows.data + span.begin * key_rows.stride, key_rows.stride,

@@ -43,6 +43,7 @@ struct VecTypes<float> {
   typedef int32_t Int __attribute__((vector_size(TA_VECTOR_BYTES)));
   typedef uint32_t Unsigned __attribute__((vector_size(TA_VECTOR_BYTES)));
   using IntElement = int32_t;
+  using WordElement = uint32_t;
 };
 
 template <>
@@ -52,6 +53,7 @@ struct VecTypes<double> {
   typedef int64_t Int __attribute__((vector_size(TA_VECTOR_BYTES)));
   typedef uint64_t Unsigned __attribute__((vector_size(TA_VECTOR_BYTES)));
   using IntElement = int64_t;
+  using WordElement = uint64_t;
 };
 
 template <class Real>
