@@ -6,12 +6,24 @@ _load()  # registers the operators before anything below names them
 
 from . import _vmap  # noqa: E402, F401  (registers the batching rules)
 from .functional import attention, scaled_dot_product_attention  # noqa: E402
+from .hard_modules import HardMultiheadAttention  # noqa: E402
 from .modules import MultiheadAttention  # noqa: E402
+from .reinforce import (  # noqa: E402
+    LearnedBaseline,
+    MovingAverageBaseline,
+    leave_one_out_baseline,
+    reinforce_loss,
+)
 from .replace import replace_mha, restore_mha  # noqa: E402
 
 __all__ = [
+    "HardMultiheadAttention",
+    "LearnedBaseline",
+    "MovingAverageBaseline",
     "MultiheadAttention",
     "attention",
+    "leave_one_out_baseline",
+    "reinforce_loss",
     "replace_mha",
     "restore_mha",
     "scaled_dot_product_attention",
