@@ -6,6 +6,7 @@ _load()  # registers the operators before anything below names them
 
 from . import _vmap  # noqa: E402, F401  (registers the batching rules)
 from .functional import attention, scaled_dot_product_attention  # noqa: E402
+from .hard import HardAttention, hard_attention  # noqa: E402
 from .hard_modules import HardMultiheadAttention  # noqa: E402
 from .modules import MultiheadAttention  # noqa: E402
 from .reinforce import (  # noqa: E402
@@ -17,11 +18,13 @@ from .reinforce import (  # noqa: E402
 from .replace import replace_mha, restore_mha  # noqa: E402
 
 __all__ = [
+    "HardAttention",
     "HardMultiheadAttention",
     "LearnedBaseline",
     "MovingAverageBaseline",
     "MultiheadAttention",
     "attention",
+    "hard_attention",
     "leave_one_out_baseline",
     "reinforce_loss",
     "replace_mha",

@@ -4,22 +4,16 @@ How to train it is torch_attn/reinforce.py's subject; docs/hard_attention.md sho
 """
 
 # No "from __future__ import annotations": TorchScript reads the annotations as types, not as strings.
-from typing import NamedTuple
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from ._multi_head_attention import check_mask_dtypes, heads_and_mask, project_output
+from .hard import Estimator, HardAttention
 
 
-class HardAttention(NamedTuple):
-    output: Tensor
-    indices: Tensor
-    log_prob: Tensor
-    entropy: Tensor
-
-
-ESTIMATORS = ("reinforce", "straight_through", "argmax", "top_k")
+ESTIMATORS = get_args(Estimator)
 
 
 class HardMultiheadAttention(nn.MultiheadAttention):
@@ -82,7 +76,7 @@ class HardMultiheadAttention(nn.MultiheadAttention):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        estimator: str = "reinforce",
+        estimator: Estimator = "reinforce",
         num_samples: int = 1,
         replacement: bool = True,
         k: int = 1,

@@ -7,10 +7,13 @@
 namespace {
 
 // Also the order of ops/arguments.h's Options.
-const std::string kOptions =
-    "Tensor? attn_mask=None, float dropout_p=0.0, bool is_causal=False, float? scale=None, SymInt? window_left=None, "
-    "SymInt? window_right=None, str causal_alignment=\"top_left\", Tensor? alibi_slopes=None, float softcap=0.0, "
-    "Tensor? sinks=None, Tensor? key_lengths=None";
+const std::string kMask = "Tensor? attn_mask=None, ";
+const std::string kShaping =
+    "bool is_causal=False, float? scale=None, SymInt? window_left=None, SymInt? window_right=None, "
+    "str causal_alignment=\"top_left\", Tensor? alibi_slopes=None, float softcap=0.0, Tensor? sinks=None, "
+    "Tensor? key_lengths=None";
+const std::string kOptions = kMask + "float dropout_p=0.0, " + kShaping;
+const std::string kScoreOptions = kMask + kShaping;  // ops/selection.h's ScoreOptions
 const std::string kInputs = "Tensor query, Tensor key, Tensor value, *, ";
 const std::string kTangents =
     "Tensor? tangent_query, Tensor? tangent_key, Tensor? tangent_value, Tensor? tangent_attn_mask, "
@@ -59,6 +62,29 @@ TORCH_LIBRARY_FRAGMENT(torch_attn, m) {
   define(
       "dropout_keep_mask(Tensor rng_state, SymInt batch, SymInt heads, SymInt query_length, SymInt key_length, "
       "float dropout_p) -> Tensor",
+      pure);
+
+  // Hard attention: what users call, and what kernels implement.
+  define("hard_attention(" + kInputs + kScoreOptions +
+             ", str estimator=\"reinforce\", int num_samples=1, bool replacement=True, int k=1, "
+             "float temperature=1.0, Generator? generator=None, bool enable_gqa=False)"
+             " -> (Tensor output, Tensor indices, Tensor log_prob, Tensor entropy)",
+         random);
+  define("select_keys(Tensor query, Tensor key, *, " + kScoreOptions +
+             ", int count=1, bool sample=False, bool replacement=False, Tensor? rng_state=None)"
+             " -> (Tensor indices, Tensor scores, Tensor log_prob, Tensor entropy, Tensor logsumexp, Tensor rng_state)",
+         random);
+  define(
+      "select_keys_backward(Tensor? grad_scores, Tensor? grad_log_prob, Tensor? grad_entropy, Tensor? grad_logsumexp, "
+      "Tensor query, Tensor key, Tensor indices, Tensor entropy, Tensor logsumexp, *, " +
+          kScoreOptions +
+          ", bool[5] output_mask) -> (Tensor grad_query, Tensor grad_key, Tensor grad_attn_mask, "
+          "Tensor grad_alibi_slopes, Tensor grad_sinks)",
+      pure);
+  define(
+      "selection_noise(Tensor rng_state, SymInt batch, SymInt heads, SymInt query_length, SymInt key_length, int "
+      "count, "
+      "bool replacement, bool sink) -> Tensor",
       pure);
 
   // About the library itself; implemented in info.cpp.

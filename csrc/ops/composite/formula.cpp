@@ -1,7 +1,6 @@
 #include "ops/composite/formula.h"
 
 #include <ATen/ops/matmul.h>
-#include <ATen/ops/rsub.h>
 
 #include "ops/check.h"
 #include "ops/composite/weights.h"
@@ -23,7 +22,6 @@ BackwardResult attention_backward(const BackwardArguments& a) {
   const NoAutocast no_autocast;
   check_arguments(a);
   const ForwardArguments forward = a.forward();
-  const Options& o = a.options;
   const Weights w = compute_weights(forward, a.rng_state);
   const Sizes& s = w.sizes;
   const Tensor grad_out = a.grad_out.to(w.query.scalar_type());
@@ -35,25 +33,15 @@ BackwardResult attention_backward(const BackwardArguments& a) {
   if (is_defined(a.grad_logsumexp)) row_term = row_term - a.grad_logsumexp->unsqueeze(-1).masked_fill(w.is_empty, 0);
   const Tensor grad_scores = w.weights * (grad_weights - row_term);
 
-  const auto type = a.query.scalar_type();
-  const auto wanted = [&](Gradient gradient, auto&& compute) {
-    return a.output_mask[gradient] ? compute() : no_gradient(a.query);
-  };
-  Tensor grad_dots;
-  if (a.output_mask[kQuery] || a.output_mask[kKey]) {
-    grad_dots = grad_scores * w.scale;
-    if (o.softcap > 0) grad_dots = grad_dots * at::rsub((w.capped / o.softcap).square(), 1);
-  }
-  return {
-      wanted(kQuery, [&] { return by_row(at::matmul(grad_dots, w.key), type); }),
-      wanted(kKey, [&] { return by_row(sum_kv_heads(at::matmul(grad_dots.transpose(-2, -1), w.query), s), type); }),
-      wanted(kValue,
-             [&] { return by_row(sum_kv_heads(at::matmul(w.drop(w.weights).transpose(-2, -1), grad_out), s), type); }),
-      wanted(kAttnMask, [&] { return sum_to(grad_scores, *o.attn_mask); }),
-      wanted(kAlibiSlopes,
-             [&] { return per_head_gradient((grad_scores * w.minus_distance).sum({-2, -1}), *o.alibi_slopes); }),
-      wanted(kSinks, [&] { return per_head_gradient((w.sink_weights * row_term).sum({2, 3}).neg(), *o.sinks); }),
-  };
+  auto r = gradients_of_inputs(w, grad_scores, forward, a.output_mask);
+  if (a.output_mask[kValue])
+    r[kValue] =
+        by_row(sum_kv_heads(at::matmul(w.drop(w.weights).transpose(-2, -1), grad_out), s), a.query.scalar_type());
+  if (a.output_mask[kSinks])
+    r[kSinks] = per_head_gradient((w.sink_weights * row_term).sum({2, 3}).neg(), *a.options.sinks);
+  for (size_t i = 0; i < kGradients; ++i)
+    if (!a.output_mask[i]) r[i] = no_gradient(a.query);
+  return {r[kQuery], r[kKey], r[kValue], r[kAttnMask], r[kAlibiSlopes], r[kSinks]};
 }
 
 Tensor dropout_keep_mask(const DropoutArguments& a) {

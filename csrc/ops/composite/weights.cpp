@@ -4,6 +4,7 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/logsumexp.h>
 #include <ATen/ops/matmul.h>
+#include <ATen/ops/rsub.h>
 #include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/softmax.h>
 #include <ATen/ops/tanh.h>
@@ -16,6 +17,7 @@
 #include "core/dropout.h"
 #include "ops/check.h"
 #include "ops/operators.h"
+#include "ops/outputs.h"
 
 namespace torch_attn::ops::composite {
 namespace {
@@ -104,7 +106,7 @@ Weights compute_weights(const ForwardArguments& a, const Tensor& rng_state) {
 
   // A softmax over nothing but -inf is NaN, and so are its derivatives: put 0 in such rows before, the results after.
   w.is_empty = (logits == -kInfinity).all(-1, /*keepdim=*/true);
-  logits = logits.masked_fill(w.is_empty, 0);
+  w.logits = logits = logits.masked_fill(w.is_empty, 0);
   w.logsumexp = at::logsumexp(logits, {-1}, /*keepdim=*/true).masked_fill(w.is_empty, -kInfinity);
   w.weights = at::softmax(logits, -1).masked_fill(w.is_empty, 0);
   if (is_defined(o.sinks)) {
@@ -116,6 +118,24 @@ Weights compute_weights(const ForwardArguments& a, const Tensor& rng_state) {
                  .to(accumulator) *
              Dropout::keep_scale(o.dropout_p);
   return w;
+}
+
+std::array<Tensor, kGradients> gradients_of_inputs(const Weights& w, const Tensor& grad_scores,
+                                                   const ForwardArguments& a, const OutputMask& wanted) {
+  std::array<Tensor, kGradients> gradients;
+  const auto type = a.query.scalar_type();
+  if (wanted[kQuery] || wanted[kKey]) {
+    Tensor grad_dots = grad_scores * w.scale;
+    if (w.softcap > 0) grad_dots = grad_dots * at::rsub((w.capped / w.softcap).square(), 1);
+    if (wanted[kQuery]) gradients[kQuery] = by_row(at::matmul(grad_dots, w.key), type);
+    if (wanted[kKey])
+      gradients[kKey] = by_row(sum_kv_heads(at::matmul(grad_dots.transpose(-2, -1), w.query), w.sizes), type);
+  }
+  if (wanted[kAttnMask]) gradients[kAttnMask] = sum_to(grad_scores, *a.options.attn_mask);
+  if (wanted[kAlibiSlopes])
+    gradients[kAlibiSlopes] =
+        per_head_gradient((grad_scores * w.minus_distance).sum({-2, -1}), *a.options.alibi_slopes);
+  return gradients;
 }
 
 Tensor by_row(const Tensor& t, at::ScalarType type) { return t.to(type).transpose(1, 2).contiguous().transpose(1, 2); }

@@ -24,6 +24,7 @@ struct Weights {
   double softcap = 0;
   Tensor capped;  // softcap(scale · q·k)
   Tensor minus_distance;
+  Tensor logits;        // what the softmax is taken of, the sink's column at the end; 0 in empty rows
   Tensor weights;       // the softmax; 0 in empty rows
   Tensor sink_weights;  // (B, Hq, L, 1): the sink's share; undefined without sinks
   Tensor kept;          // what dropout multiplies the weights by; undefined without dropout
@@ -45,6 +46,11 @@ Tensor per_head(const Tensor& tensor, at::ScalarType type);
 
 // To the dtype and the layout that outputs.h's empty_by_row gives.
 Tensor by_row(const Tensor& tensor, at::ScalarType type);
+
+// The inputs' gradients that flow through the scores, from those of the scores (B, Hq, L, S): what the wanted ones
+// among query, key, attn_mask and alibi_slopes have in common in every operator. The others are left undefined.
+std::array<Tensor, kGradients> gradients_of_inputs(const Weights& weights, const Tensor& grad_scores,
+                                                   const ForwardArguments& arguments, const OutputMask& wanted);
 
 // The sum of tensor over the dimensions that like was broadcast in, in like's dtype.
 Tensor sum_to(const Tensor& tensor, const Tensor& like);
