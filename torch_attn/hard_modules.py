@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ._multi_head_attention import check_mask_dtypes, heads_and_mask, project_output
 from .hard import Estimator, HardAttention
 
-
 ESTIMATORS = get_args(Estimator)
 
 
@@ -22,34 +21,34 @@ class HardMultiheadAttention(nn.MultiheadAttention):
     Per head, with scores s = QKᵀ / sqrt(E / H) under the masks and the policy π = softmax(s / temperature), the output
     of row i is the value of key aᵢ:
 
-    - in training, aᵢ is a sample of πᵢ (``"reinforce"``, ``"straight_through"``), with fresh random numbers in every call;
+    - in training with ``"reinforce"`` or ``"straight_through"``, aᵢ is a sample of πᵢ, drawn anew in every call;
     - in evaluation, and in training with ``"argmax"``, aᵢ is the most probable key, the lowest index among equals;
     - with ``"top_k"``, always, the k most probable keys are read with their probabilities, renormalised.
 
     What trains the choice:
 
-    - ``"reinforce"``: nothing in the output. Put :func:`torch_attn.reinforce_loss` of the returned ``log_prob``, which is
-      differentiable, and of a reward into the loss. The gradient of the expected reward is unbiased (Williams 1992).
+    - ``"reinforce"``: nothing in the output. Put :func:`torch_attn.reinforce_loss` of the returned ``log_prob``, which
+      is differentiable, and of a reward into the loss: an unbiased gradient of the expected reward (Williams 1992).
     - ``"straight_through"``: the output's gradient is that of soft attention with the weights π (Bengio et al. 2013):
       biased, of low variance, and needs no reward.
     - ``"argmax"``: nothing, unless ``log_prob`` is in the loss (a supervised choice). ``"top_k"``: the exact gradient
       of the renormalised weights, among the keys that were read.
 
     Parameters, their initialisation and state_dict are :class:`torch.nn.MultiheadAttention`'s, so weights load from one
-    to the other. In an nn.TransformerEncoderLayer, call :func:`torch_attn.replace_mha` on the model, as the layer's fast
-    path in evaluation would read the weights past this module (it is left as it is, and the path is closed); the layer
-    keeps ``output`` alone, so take ``log_prob`` by a forward hook.
+    to the other. In an nn.TransformerEncoderLayer, whose fast path in evaluation would read the weights past this
+    module, call :func:`torch_attn.replace_mha` on the model: it closes the path, and leaves this module as it is. The
+    layer passes on ``output`` alone; a forward hook on this module sees ``log_prob``.
 
     Args:
         embed_dim: total dimension of the model, E.
         num_heads: number of heads H; each has dimension E / H and chooses for itself.
         dropout: must be 0, as there are no weights to drop; here to keep the place of the arguments after it.
-        bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as in MultiheadAttention. Appended keys
-            have the indices S and up: with ``add_zero_attn`` a query may choose to read nothing.
+        bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as in MultiheadAttention. Appended
+            keys have the indices S and up: with ``add_zero_attn`` a query may choose to read nothing.
         estimator: "reinforce", "straight_through", "argmax" or "top_k".
         num_samples: choices drawn for each query in training, each with an output of its own.
-        replacement: draw the samples of a query independently; False: all different (Gumbel-top-k, Kool et al. 2019),
-            of which a query needs ``num_samples`` keys that it may attend.
+        replacement: draw the samples of a query independently; False: all different (Gumbel-top-k, Kool et al. 2019).
+            When it runs out of keys that it may attend, the index is −1, as with "top_k".
         k: number of keys that "top_k" reads.
         temperature: divides the scores, in training and evaluation. The attributes ``temperature``, ``estimator``,
             ``num_samples``, ``replacement`` and ``k`` may be changed between calls.
@@ -135,7 +134,8 @@ class HardMultiheadAttention(nn.MultiheadAttention):
             - ``output``: of query's shape.
             - ``indices``: (N, H, L), int64, the key that was read; −1 for a row with nothing to attend, which reads 0
               (``output`` is ``out_proj.bias`` where all heads do). "top_k": (N, H, L, k), the best first.
-            - ``log_prob``: of indices' shape, log π of each key read, differentiable; 0 for a row with nothing to attend.
+            - ``log_prob``: of indices' shape, float32 (float64 for float64), log π of each key read, differentiable; 0
+              where the index is −1.
             - ``entropy``: (N, H, L), that of π in nats, differentiable; 0 for a row with nothing to attend.
         """
         if need_weights:

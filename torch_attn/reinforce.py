@@ -26,9 +26,9 @@ def reinforce_loss(
 
         loss = − mean over rewards of [ (R − b) Σ log π(aᵢ) + entropy_weight · Σ H(πᵢ) ],
 
-    with the sums over all choices aᵢ (queries, heads) that earned the reward R together: they are independent given the
-    inputs, so their log-probabilities and their entropies add. Its *value* means nothing: minimise it, don't watch it. Add the
-    model's own loss to train what comes after the choice (Xu et al. 2015, eq. 11).
+    with the sums over all choices aᵢ (queries, heads) that earned the reward R together: they are independent given
+    the inputs, so their log-probabilities and their entropies add. Its *value* means nothing: minimise it, don't watch
+    it. Add the model's own loss, which trains what comes after the choice (Xu et al. 2015, eq. 11).
 
     A row with nothing to attend has log_prob 0, entropy 0 and no gradient: it adds nothing to either sum. A reward all
     of whose rows are such still counts in the mean.
@@ -37,8 +37,8 @@ def reinforce_loss(
         log_prob: (..., choices of one reward), differentiable. Reward's dimensions come first; all others are summed.
         reward: the higher the better; (N), one for each example, or (samples, N), one for each example and sample, or
             of log_prob's shape, one for each choice. Any dtype; never differentiated.
-        baseline: broadcastable to reward, None: 0. Never differentiated. It must not depend on the choice whose reward it is
-            taken from, or the gradient is biased.
+        baseline: broadcastable to reward, None: 0. Never differentiated. It must not depend on the choice whose reward
+            it is taken from, or the gradient is biased.
         entropy: log_prob's shape, or that without its first dimensions (one policy, several samples). Differentiable.
         entropy_weight: weight of the bonus, in reward per nat; keeps the policy from settling too early.
 
@@ -83,7 +83,8 @@ def leave_one_out_baseline(reward: Tensor) -> Tensor:
     r"""For each sample the mean reward of the others: bₛ = Σ_{t≠s} Rₜ / (K − 1).
 
     Independent samples of one query see the same input, so this foretells well, is unbiased, has no parameters and
-    needs no memory (Kool et al. 2019, eq. 8). With it REINFORCE's gradient is K / (K − 1) times that with the mean of all.
+    needs no memory (Kool et al. 2019, section 2). With it REINFORCE's gradient is K / (K − 1) times that with the mean
+    of all samples for a baseline, which is biased.
 
     Args:
         reward: (K, ...), K ≥ 2 samples first, drawn with replacement.
