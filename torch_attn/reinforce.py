@@ -8,7 +8,7 @@ for every baseline b that does not depend on a (Williams 1992). ``log_prob`` and
 :func:`torch_attn.hard_attention` and :class:`torch_attn.HardMultiheadAttention`; the loss knows nothing of attention.
 """
 
-from __future__ import annotations
+# No "from __future__ import annotations": TorchScript reads the annotations of the baselines as types, not as strings.
 
 import torch
 from torch import Tensor, nn
@@ -132,14 +132,14 @@ class MovingAverageBaseline(nn.Module):
     def extra_repr(self) -> str:
         return f"momentum={self.momentum}"
 
-    @torch.no_grad()
     def forward(self, reward: Tensor) -> Tensor:
         """The baseline for rewards (...), a scalar."""
-        baseline = self.average / self.weight.clamp(min=torch.finfo(self.weight.dtype).tiny)
-        if self.training and reward.numel() > 0:
-            share = 1.0 - self.momentum
-            self.average.lerp_(reward.to(self.average.dtype).mean(), share)
-            self.weight.lerp_(torch.ones_like(self.weight), share)
+        with torch.no_grad():
+            baseline = self.average / self.weight.clamp(min=1e-30)  # 0 / 1e-30 before the first batch
+            if self.training and reward.numel() > 0:
+                share = 1.0 - self.momentum
+                self.average.lerp_(reward.to(self.average.dtype).mean(), share)
+                self.weight.lerp_(torch.ones_like(self.weight), share)
         return baseline
 
 
