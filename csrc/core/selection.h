@@ -101,4 +101,15 @@ struct SelectionBackwardTensors : BackwardTensors {
   int64_t count = 0;
 };
 
+// Rows of a tensor by number: what is read of value, and what chosen scores pass back to key and query. Numbers that
+// are no row of source count as a row of zeros.
+struct RowChoice {
+  int64_t batch = 0, heads = 0, kv_heads = 0;  // query head h reads source head h / (heads / kv_heads)
+  int64_t length = 0;                          // of each query head
+  int64_t count = 0;                           // choices of each query row
+  int64_t source_length = 0, columns = 0;
+  const int64_t* indices = nullptr;  // (batch, heads, length, count), contiguous
+  const void* weights = nullptr;     // the same, accumulator type; null: 1
+};
+
 }  // namespace torch_attn

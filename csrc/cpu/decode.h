@@ -140,7 +140,7 @@ struct Decode {
       load_rows(query + row * query_dim, query_dim, p.query, first, 1, p.head_dim);
       start(state + row * state_size, batch, head, piece == 0);
     }
-    const KeyRange any = band_mask(p, batch).keys_of_any(0, p.query_length);
+    const KeyRange any = band_mask_of_selected_rows(p, batch).keys_of_any(0, p.query_length);
     const int64_t begin = larger(piece * piece_keys, any.begin), end = smaller((piece + 1) * piece_keys, any.end);
     for (int64_t key = begin; key < end; key += kDecodeKeys) {
       const int64_t keys = smaller(kDecodeKeys, end - key);

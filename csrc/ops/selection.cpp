@@ -3,6 +3,7 @@
 
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "ops/check.h"
@@ -52,6 +53,38 @@ void check_arguments(const SelectBackwardArguments& a) {
                 "select_keys_backward: output_mask asks for the gradient of ", names[i], ", but ", names[i],
                 is_defined(inputs[i]) ? " is not of a floating dtype." : " is None.");
   }
+}
+
+void check_arguments(const GatherArguments& a) {
+  const auto check_dims = [](const Tensor& t, const char* name) {
+    TORCH_CHECK(t.dim() == 4, "gather_values: ", name, " must have 4 dimensions, but its shape is ", shape_text(t),
+                ".");
+  };
+  check_dims(a.value, "value");
+  check_dims(a.indices, "indices");
+  TORCH_CHECK(a.indices.scalar_type() == at::kLong, "gather_values: indices must be int64, but it is ",
+              a.indices.scalar_type(), ".");
+  const SymInt heads = a.indices.sym_size(1), kv_heads = a.value.sym_size(1);
+  TORCH_CHECK(a.value.sym_size(0).sym_eq(a.indices.sym_size(0)).expect_true(__FILE__, __LINE__) &&
+                  (heads == kv_heads || (kv_heads != 0 && heads % kv_heads == 0)),
+              "gather_values: indices must have value's batch size and a multiple of its heads, but their shapes are ",
+              shape_text(a.indices), " and ", shape_text(a.value), ".");
+  if (!is_defined(a.weights)) return;
+  TORCH_CHECK(has_shape(*a.weights, a.indices.sym_sizes()), "gather_values: weights must have the shape of indices, ",
+              shape_text(a.indices), ", but its shape is ", shape_text(*a.weights), ".");
+  TORCH_CHECK(a.weights->scalar_type() == accumulator_type(a.value.scalar_type()), "gather_values: weights must be ",
+              accumulator_type(a.value.scalar_type()), ", but it is ", a.weights->scalar_type(), ".");
+}
+
+void check_arguments(const GatherBackwardArguments& a) {
+  check_arguments(a.forward());
+  const std::vector<SymInt> expected = {a.indices.sym_size(0), a.indices.sym_size(1), a.indices.sym_size(2),
+                                        a.value.sym_size(3)};
+  TORCH_CHECK(has_shape(a.grad_out, expected) && a.grad_out.scalar_type() == a.value.scalar_type(),
+              "gather_values_backward: grad_out must be ", a.value.scalar_type(), " of shape ", shape_text(expected),
+              ", but it is ", a.grad_out.scalar_type(), " of shape ", shape_text(a.grad_out), ".");
+  TORCH_CHECK(!a.output_mask[1] || is_defined(a.weights),
+              "gather_values_backward: output_mask asks for the gradient of weights, but weights is None.");
 }
 
 void check_arguments(const NoiseArguments& a) {

@@ -4,46 +4,10 @@
 
 #include <ATen/core/Generator.h>
 
-#include "ops/operators.h"
 #include "ops/outputs.h"
+#include "ops/score_options.h"
 
 namespace torch_attn::ops {
-
-// Options without dropout: what shapes the scores.
-struct ScoreOptions {
-  using Types =
-      TypeList<const OptionalTensor&, bool, std::optional<double>, std::optional<SymInt>, std::optional<SymInt>,
-               std::string_view, const OptionalTensor&, double, const OptionalTensor&, const OptionalTensor&>;
-
-  OptionalTensor attn_mask;
-  bool is_causal = false;
-  std::optional<double> scale;
-  std::optional<SymInt> window_left;
-  std::optional<SymInt> window_right;
-  std::string_view causal_alignment = "top_left";
-  OptionalTensor alibi_slopes;
-  double softcap = 0.0;
-  OptionalTensor sinks;
-  OptionalTensor key_lengths;
-
-  auto flat() const {
-    return std::tie(attn_mask, is_causal, scale, window_left, window_right, causal_alignment, alibi_slopes, softcap,
-                    sinks, key_lengths);
-  }
-  static ScoreOptions of(const Options& o) {
-    return {o.attn_mask,        o.is_causal,    o.scale,   o.window_left, o.window_right,
-            o.causal_alignment, o.alibi_slopes, o.softcap, o.sinks,       o.key_lengths};
-  }
-  Options options() const {
-    return {attn_mask,        0.0,          is_causal, scale, window_left, window_right,
-            causal_alignment, alibi_slopes, softcap,   sinks, key_lengths};
-  }
-};
-
-// As an attention call whose values have no columns.
-inline ForwardArguments without_value(const Tensor& query, const Tensor& key, const ScoreOptions& options) {
-  return {query, key, key.dim() == 4 ? key.narrow(3, 0, 0) : key, options.options(), std::nullopt};
-}
 
 // torch_attn::select_keys
 struct SelectArguments {
@@ -96,6 +60,29 @@ struct SelectBackwardArguments {
 // One tensor per kSelectGradients; an unwanted one has shape (0).
 using SelectBackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+// torch_attn::gather_values
+struct GatherArguments {
+  using Types = TypeList<const Tensor&, const Tensor&, const OptionalTensor&>;
+
+  Tensor value, indices;   // indices that are no key read 0
+  OptionalTensor weights;  // of indices' shape, accumulator type; none: 1
+
+  auto flat() const { return std::tie(value, indices, weights); }
+};
+
+// torch_attn::gather_values_backward
+struct GatherBackwardArguments {
+  using Types = TypeList<const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, std::array<bool, 2>>;
+
+  Tensor grad_out, value, indices;
+  OptionalTensor weights;
+  std::array<bool, 2> output_mask{};
+
+  auto flat() const { return std::tie(grad_out, value, indices, weights, output_mask); }
+  GatherArguments forward() const { return {value, indices, weights}; }
+};
+using GatherBackwardResult = std::tuple<Tensor, Tensor>;  // of value and weights; an unwanted one has shape (0)
+
 // torch_attn::selection_noise
 struct NoiseArguments {
   using Types = TypeList<const Tensor&, SymInt, SymInt, SymInt, SymInt, int64_t, bool, bool>;
@@ -139,6 +126,12 @@ struct SelectKeys : Operator<SelectKeys, SelectArguments, SelectResult> {
 struct SelectKeysBackward : Operator<SelectKeysBackward, SelectBackwardArguments, SelectBackwardResult> {
   static constexpr const char* name = "torch_attn::select_keys_backward";
 };
+struct GatherValues : Operator<GatherValues, GatherArguments, Tensor> {
+  static constexpr const char* name = "torch_attn::gather_values";
+};
+struct GatherValuesBackward : Operator<GatherValuesBackward, GatherBackwardArguments, GatherBackwardResult> {
+  static constexpr const char* name = "torch_attn::gather_values_backward";
+};
 struct NoiseOfSelection : Operator<NoiseOfSelection, NoiseArguments, Tensor> {
   static constexpr const char* name = "torch_attn::selection_noise";
 };
@@ -148,6 +141,8 @@ struct HardAttention : Operator<HardAttention, HardAttentionArguments, HardAtten
 
 void check_arguments(const SelectArguments& arguments);
 void check_arguments(const SelectBackwardArguments& arguments);
+void check_arguments(const GatherArguments& arguments);
+void check_arguments(const GatherBackwardArguments& arguments);
 void check_arguments(const NoiseArguments& arguments);
 void check_arguments(const HardAttentionArguments& arguments);
 

@@ -65,7 +65,7 @@ def test_share_of_dropped_weights_is_p() -> None:
     _, weights = module(x, x, x, average_attn_weights=False)
     count = weights.numel()
     share = (weights == 0).float().mean().item()
-    assert abs(share - P) < 5 * math.sqrt(P * (1 - P) / count)
+    assert abs(share - P) < 6 * math.sqrt(P * (1 - P) / count)  # false alarm: 2e-9
 
 
 def test_mean_over_many_calls_is_the_output_without_dropout() -> None:
@@ -74,7 +74,7 @@ def test_mean_over_many_calls_is_the_output_without_dropout() -> None:
         draws = torch.stack([module(**arguments)[0] for _ in range(400)])
         expected, _ = module.eval()(**arguments)
     error = (draws.mean(0) - expected).abs() / (draws.std(0) / math.sqrt(len(draws)))
-    assert error.max() < 6
+    assert error.max() < 7
 
 
 @pytest.mark.parametrize("weights", ["averaged", "no_weights"])

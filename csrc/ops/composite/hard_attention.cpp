@@ -1,10 +1,7 @@
 // torch_attn::hard_attention, which users call: select_keys, and what becomes of the chosen keys' values. ATen
 // operators around it, so every transform applies.
-#include <ATen/autocast_mode.h>
-#include <ATen/ops/gather.h>
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/softmax.h>
-#include <ATen/ops/where.h>
-#include <c10/core/SymBool.h>
 
 #include <algorithm>
 #include <cmath>
@@ -15,8 +12,6 @@
 
 namespace torch_attn::ops {
 namespace {
-
-bool is_zero(const SymInt& size) { return TORCH_GUARD_OR_FALSE(size.sym_eq(0)); }
 
 // Without columns every score is 0.
 double default_scale(const Tensor& query) {
@@ -41,28 +36,10 @@ ScoreOptions with_temperature(ScoreOptions o, double temperature, const Tensor& 
   return o;
 }
 
-// Rows of value (B, Hkv, S, Dv) by indices (B, Hq, R), to (B, Hq, R, Dv): 0 where no key was chosen.
-Tensor gather_values(const Tensor& value, const Tensor& indices) {
-  const SymInt batch = indices.sym_size(0), rows = indices.sym_size(2);
-  const SymInt kv_heads = value.sym_size(1), keys = value.sym_size(2), dim = value.sym_size(3);
-  const Tensor valid = (indices >= 0).logical_and(indices < keys).unsqueeze(-1);
-  if (is_zero(keys) || is_zero(kv_heads)) return value.new_zeros_symint({batch, indices.sym_size(1), rows, dim});
-  const Tensor place =
-      indices.masked_fill(valid.logical_not().squeeze(-1), 0).reshape_symint({batch, kv_heads, -1}).unsqueeze(-1);
-  const Tensor gathered = value.gather(2, place.expand_symint({-1, -1, -1, dim}));
-  return gathered.reshape_symint({batch, indices.sym_size(1), rows, dim}).masked_fill(valid.logical_not(), 0);
-}
-
 // The weights of the chosen keys alone.
 Tensor renormalised(const Tensor& scores) {
   const Tensor nothing = scores == -std::numeric_limits<double>::infinity();
   return at::softmax(scores.masked_fill(nothing.all(-1, /*keepdim=*/true), 0), -1).masked_fill(nothing, 0);
-}
-
-Tensor in_autocast_dtype(const Tensor& t) {
-  const auto device = t.device().type();
-  if (!at::autocast::is_autocast_available(device) || !at::autocast::is_autocast_enabled(device)) return t;
-  return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), t, device);
 }
 
 bool is_differentiated(const ForwardArguments& a) {
@@ -87,12 +64,10 @@ HardAttentionResult hard_attention(const HardAttentionArguments& a) {
   const auto [indices, scores, log_prob, entropy, logsumexp, used_state] =
       SelectKeys::call({f.query, f.key, options, count, sample, a.replacement, rng_state});
 
-  const Tensor value = in_autocast_dtype(f.value);
-  Tensor output = gather_values(value, indices.flatten(2)).unflatten_symint(2, {f.query.sym_size(2), count});
-  if (top_k) {
-    const Tensor weighted = renormalised(scores).unsqueeze(-1) * output;
-    output = weighted.sum(-2).to(value.scalar_type());
-  }
+  // One output for each draw, or one for all that are taken.
+  Tensor output = top_k ? GatherValues::call({f.value, indices, renormalised(scores)}).unsqueeze(-2)
+                        : GatherValues::call({f.value, indices.flatten(2).unsqueeze(-1), std::nullopt})
+                              .unflatten_symint(2, {f.query.sym_size(2), count});
   if (straight_through && is_differentiated(f)) {
     // The difference is 0, and has the gradient of soft attention.
     const Tensor soft =
@@ -100,13 +75,15 @@ HardAttentionResult hard_attention(const HardAttentionArguments& a) {
     output = output + (soft - soft.detach()).unsqueeze(-2);
   }
 
-  const auto samples_first = [&](const Tensor& t, int64_t dim) {
-    if (top_k) return t;
-    return count == 1 ? t.squeeze(dim) : t.movedim(dim, 0);
+  const auto samples_first = [](const Tensor& t, int64_t dim) {
+    return t.sym_size(dim) == 1 ? t.squeeze(dim) : t.movedim(dim, 0);
   };
   const Tensor public_indices = has_sink(options) ? indices.masked_fill(indices == f.key.sym_size(2), -1) : indices;
-  return {samples_first(canonical.restore(output), -2), samples_first(canonical.restore(public_indices), -1),
-          samples_first(canonical.restore(log_prob), -1), canonical.restore(entropy)};
+  const auto choices = [&](const Tensor& t) {
+    return top_k ? canonical.restore(t) : samples_first(canonical.restore(t), -1);
+  };
+  return {samples_first(canonical.restore(output), -2), choices(public_indices), choices(log_prob),
+          canonical.restore(entropy)};
 }
 
 }  // namespace

@@ -35,6 +35,18 @@ SelectBackwardResult select_keys_backward_meta(const SelectBackwardArguments& a)
           contiguous(3, a.options.alibi_slopes), contiguous(4, a.options.sinks)};
 }
 
+Tensor gather_values_meta(const GatherArguments& a) {
+  check_arguments(a);
+  return empty_by_row(a.indices.sym_size(0), a.indices.sym_size(1), a.indices.sym_size(2), a.value.sym_size(3),
+                      a.value.options());
+}
+
+GatherBackwardResult gather_values_backward_meta(const GatherBackwardArguments& a) {
+  check_arguments(a);
+  return {a.output_mask[0] ? empty_by_row_like(a.value) : no_gradient(a.value),
+          a.output_mask[1] ? at::empty_symint(a.weights->sym_sizes(), a.weights->options()) : no_gradient(a.value)};
+}
+
 Tensor selection_noise_meta(const NoiseArguments& a) {
   check_arguments(a);
   const SymInt sink = a.sink ? 1 : 0;
@@ -50,6 +62,8 @@ Tensor selection_noise_meta(const NoiseArguments& a) {
 TORCH_LIBRARY_IMPL(torch_attn, Meta, m) {
   m.impl("select_keys", SelectKeys::kernel<select_keys_meta>);
   m.impl("select_keys_backward", SelectKeysBackward::kernel<select_keys_backward_meta>);
+  m.impl("gather_values", GatherValues::kernel<gather_values_meta>);
+  m.impl("gather_values_backward", GatherValuesBackward::kernel<gather_values_backward_meta>);
   m.impl("selection_noise", NoiseOfSelection::kernel<selection_noise_meta>);
 }
 
