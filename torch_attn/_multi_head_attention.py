@@ -1,4 +1,5 @@
 """The forward pass of torch_attn.MultiheadAttention as free functions: checks, projections, masks, kernel, weights.
+HardMultiheadAttention shares all of it but the kernel and the weights.
 
 TorchScript compiles them as they stand, so that a scripted module holds the operator ``torch_attn::attention`` and runs
 from C++ without Python. N is the batch, L and S are the lengths of query and key, H the heads, E = H · D the width.
@@ -7,10 +8,23 @@ from C++ without Python. N is the batch, L and S are the lengths of query and ke
 # No "from __future__ import annotations": TorchScript reads the annotations as types, not as strings.
 import math
 import warnings
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class HeadsAndMask(NamedTuple):
+    """What the kernel is called with: q (N, H, L, D), k and v (N, H, S, D) with the appended keys, and their mask."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None  # the operator's meaning: True, attend
+    causal: bool  # the hint stands for the mask
+    batched: bool
+    batch_first: bool  # of the output; true for a call without batch
 
 
 def multi_head_attention(
@@ -38,7 +52,7 @@ def multi_head_attention(
     is_causal: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Project, attend, project. Checks come in PyTorch's order, so that of two mistakes the same one is reported."""
-    _check_mask_dtypes(key_padding_mask, attn_mask)
+    check_mask_dtypes(key_padding_mask, attn_mask)
     if query.is_nested or key.is_nested or value.is_nested:
         plain = batch_first and bias_k is None and bias_v is None and not add_zero_attn
         if (
@@ -66,6 +80,58 @@ def multi_head_attention(
             average_attn_weights,
         )
 
+    call = heads_and_mask(
+        query,
+        key,
+        value,
+        embed_dim,
+        num_heads,
+        in_proj_weight,
+        q_proj_weight,
+        k_proj_weight,
+        v_proj_weight,
+        in_proj_bias,
+        bias_k,
+        bias_v,
+        add_zero_attn,
+        batch_first,
+        key_padding_mask,
+        attn_mask,
+        is_causal,
+    )
+    weights: Tensor | None = None
+    if need_weights:
+        out, weights = _attention_with_weights(
+            call.q, call.k, call.v, call.mask, dropout_p, call.causal, average_attn_weights
+        )
+        weights = weights if call.batched else weights.squeeze(0)
+    else:
+        out = torch.ops.torch_attn.attention(
+            call.q, call.k, call.v, attn_mask=call.mask, dropout_p=dropout_p, is_causal=call.causal
+        )
+    return project_output(out, out_proj_weight, out_proj_bias, call.batched, call.batch_first), weights
+
+
+def heads_and_mask(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim: int,
+    num_heads: int,
+    in_proj_weight: Tensor | None,
+    q_proj_weight: Tensor | None,
+    k_proj_weight: Tensor | None,
+    v_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero_attn: bool,
+    batch_first: bool,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+) -> HeadsAndMask:
+    """Check, project into heads, append keys, merge the masks."""
     is_batched = F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, num_heads)
     if not is_batched:  # a batch of one, in which tensors that were one stay one
         batch_first = True
@@ -103,18 +169,17 @@ def multi_head_attention(
         _check_key_padding_mask(key_padding_mask, batch, key_length, appended)
         key_padding_mask = key_padding_mask.unsqueeze(1).unsqueeze(1)
     mask = _merge_masks(per_head_mask, key_padding_mask, appended)
+    return HeadsAndMask(q, k, v, mask, causal, is_batched, batch_first)
 
-    weights: Tensor | None = None
-    if need_weights:
-        out, weights = _attention_with_weights(q, k, v, mask, dropout_p, causal, average_attn_weights)
-        weights = weights if is_batched else weights.squeeze(0)
-    else:
-        out = torch.ops.torch_attn.attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=causal)
 
+def project_output(
+    out: Tensor, out_proj_weight: Tensor, out_proj_bias: Tensor | None, batched: bool, batch_first: bool
+) -> Tensor:
+    """The kernel's output (..., N, H, L, D) to (..., N, L, E), (..., L, N, E) or, without batch, (..., L, E)."""
     # The kernel stores (N, L, H, D): a view when batch_first, and one copy otherwise.
-    out = out.transpose(1, 2) if batch_first else out.permute(2, 0, 1, 3)
+    out = out.transpose(-3, -2) if batch_first else out.movedim(-2, -4)
     out = F.linear(out.flatten(-2).contiguous(), out_proj_weight, out_proj_bias)
-    return (out if is_batched else out.squeeze(0)), weights
+    return out if batched else out.squeeze(-3)
 
 
 def _nested_self_attention(
@@ -149,7 +214,7 @@ def _nested_self_attention(
     return F.linear(nested, out_proj_weight, out_proj_bias), weights
 
 
-def _check_mask_dtypes(key_padding_mask: Tensor | None, attn_mask: Tensor | None) -> None:
+def check_mask_dtypes(key_padding_mask: Tensor | None, attn_mask: Tensor | None) -> None:
     if key_padding_mask is not None:
         if key_padding_mask.dtype != torch.bool and not torch.is_floating_point(key_padding_mask):
             raise AssertionError("only bool and floating types of key_padding_mask are supported")

@@ -4,4 +4,4 @@ import sys
 from pathlib import Path
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-sys.path[:0] = sorted(str(file.parent) for file in EXAMPLES.glob("*/demo.py"))
+sys.path[:0] = sorted({str(file.parent) for file in EXAMPLES.glob("*/*.py")})
