@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_attn import reference
 
 DIFFERENTIABLE_OPTIONS = ("attn_mask", "alibi_slopes", "sinks")
+TF32_EPS = 2.0**-10
 
 
 @dataclass
@@ -90,6 +93,23 @@ def neighbour(call: Call) -> Call:
     )
 
 
+def rounded_to_tf32(x: Tensor) -> Tensor:
+    """float32 with 10 bits of mantissa: to nearest, ties away from zero, as cvt.rna.tf32 rounds."""
+    bits = x.contiguous().view(torch.int32)
+    return torch.where(x.isfinite(), ((bits + 0x1000) & ~0x1FFF).view(torch.float32), x)
+
+
+class TF32Products(TorchDispatchMode):
+    """Rounds the operands of every float32 matrix product, as a GPU does where TF32 is allowed; backward's, too."""
+
+    PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.bmm.default)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func in self.PRODUCTS:
+            args = tuple(rounded_to_tf32(x) if x.dtype == torch.float32 else x for x in args)
+        return func(*args, **(kwargs or {}))
+
+
 def max_error(actual: Tensor, exact: Tensor) -> float:
     """Largest absolute difference; infinities must agree in place and sign, and NaN is never right."""
     assert actual.shape == exact.shape, (actual.shape, exact.shape)
@@ -111,13 +131,15 @@ class Yardstick:
 
     keep_mask: Tensor | None
     rounds_weights: bool
+    tf32: bool
     dtypes: dict[str, torch.dtype]  # those that results are returned in
 
     def measure(self, call: Call) -> tuple[dict[str, Tensor], dict[str, float]]:
         dtype = call.query.dtype
         accumulator = accumulator_of(dtype)
         exact = run_reference(call.to(torch.float64), self.keep_mask)
-        in_accumulator = run_reference(call.to(accumulator), self.keep_mask)
+        with TF32Products() if self.tf32 else contextlib.nullcontext():
+            in_accumulator = run_reference(call.to(accumulator), self.keep_mask)
         in_dtype = run_reference(call, self.keep_mask) if dtype != accumulator else in_accumulator
         errors = {}
         for name, value in exact.items():
@@ -144,13 +166,15 @@ def assert_accurate(
     forward_factor: float = 2,
     gradient_factor: float = 3,
     rounds_weights: bool = False,
+    tf32: bool = False,
 ) -> None:
     """Every result's error against float64 is within a factor of what plain torch math does in the same dtype.
 
     For bfloat16 and float16 the yardstick of out and logsumexp is torch's math computed in float32 and rounded at the
     end, as SDPA's math path does; that of gradients is torch's math in the dtype itself, FlashAttention's convention:
     a backward that reads the rounded output cannot be held to the former. Kernels of which ``rounds_weights`` is true,
-    since their matrix instructions take weights of 16 bits, are judged by the latter forward, too. Where the
+    since their matrix instructions take weights of 16 bits, are judged by the latter forward, too. With ``tf32`` the
+    yardstick is torch's math in float32 with the operands of its products rounded to TF32. Where the
     yardstick's own error happens to vanish, a few units in the last place of the accumulator are granted; in float64
     there is no yardstick but these. A gradient that sums over many rows, ALiBi's with the distances as factors, is
     granted what rounding each row's output adds up to at random.
@@ -160,7 +184,8 @@ def assert_accurate(
     """
     dtype = call.query.dtype
     accumulator = accumulator_of(dtype)
-    yardstick = Yardstick(keep_mask, rounds_weights, {name: x.dtype for name, x in actual.items()})
+    eps = TF32_EPS if tf32 else torch.finfo(dtype).eps if dtype != accumulator else 0.0
+    yardstick = Yardstick(keep_mask, rounds_weights, tf32, {name: x.dtype for name, x in actual.items()})
     exact, torchs = yardstick.measure(call)
     assert actual.keys() == exact.keys()
 
@@ -170,7 +195,7 @@ def assert_accurate(
         if name.removeprefix("grad_") in DIFFERENTIABLE_OPTIONS:
             rows_summed = max(1.0, actual["logsumexp"].numel() / max(1, actual[name].numel()))
             distance = call.key.size(2) if name == "grad_alibi_slopes" else 1
-            rounding = units + (torch.finfo(dtype).eps if dtype != accumulator and rows_summed > 1 else 0.0)
+            rounding = units + (eps if rows_summed > 1 else 0.0)
             granted += 3 * rounding * math.sqrt(rows_summed) * distance  # three standard deviations
         return (gradient_factor if name.startswith("grad") else forward_factor) * torchs[name] + granted
 

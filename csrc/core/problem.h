@@ -54,6 +54,11 @@ struct AttentionProblem {
   Alignment alignment = Alignment::kTopLeft;
   const int64_t* key_lengths = nullptr;  // (B), each in [0, S]; null: all are S
 
+  // Where query holds chosen rows of a longer one: row i is row query_rows[i] of full_query_length, in any order; the
+  // mask's rows have been chosen alike. Null: query is whole. Only the kernels of attention maps serve such calls.
+  const int64_t* query_rows = nullptr;
+  int64_t full_query_length = 0;
+
   // See dropout.h. The seed and offset come from the op's rng_state.
   double dropout_p = 0.0;
   uint64_t philox_seed = 0;
@@ -62,6 +67,9 @@ struct AttentionProblem {
   // them (seed, offset, batches), and the fields of these names are not read. Always null on the CPU.
   const int64_t* rng_state = nullptr;
   int64_t dropout_batches = 0;  // bits repeat over the batch with this period; 0: each entry has its own
+
+  // float32 products may round their operands to TF32 (10 bits of mantissa). Read on CUDA only.
+  bool allow_tf32 = false;
 
   TA_HOST_DEVICE int64_t group_size() const { return kv_heads == 0 ? 1 : heads / kv_heads; }
 
@@ -87,6 +95,8 @@ struct BackwardTensors {
   const void* grad_logsumexp = nullptr;  // the same; null: zero
   TensorView grad_query, grad_key, grad_value, grad_attn_mask;
   void* grad_alibi_slopes = nullptr;
+  // The same bits in every run. If false, sums may be added in any order; read on CUDA only.
+  bool deterministic = true;
 };
 
 // Forward-mode derivatives: the tangents of a call's differentiable inputs; an undefined one is zero. query, key and

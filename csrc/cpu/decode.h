@@ -69,7 +69,7 @@ struct Decode {
       start(state + row * state_size, batch, head_of(kv_head, row < rows ? row : 0), piece == 0);
       rescale[row] = 1;
     }
-    const KeyRange any = band_mask(p, batch).keys_of_any(0, p.query_length);
+    const KeyRange any = band_mask_of_selected_rows(p, batch).keys_of_any(0, p.query_length);
     const int64_t begin = larger(piece * piece_keys, any.begin), end = smaller((piece + 1) * piece_keys, any.end);
     for (int64_t key = begin; key < end; key += kDecodeKeys) {
       const int64_t keys = smaller(kDecodeKeys, end - key);

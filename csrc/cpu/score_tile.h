@@ -46,7 +46,7 @@ struct ScoreStage {
 
   ScoreStage(const AttentionProblem& p, int64_t batch, int64_t head)
       : mod{static_cast<Real>(p.scale), static_cast<Real>(p.softcap)},
-        band(band_mask(p, batch)),
+        band(band_mask_of_selected_rows(p, batch)),
         softcap(p.softcap != 0),
         alibi(p.alibi_slopes.defined()),
         mask(p.attn_mask.defined()) {

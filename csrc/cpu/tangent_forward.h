@@ -57,7 +57,7 @@ struct TangentForward {
         tangents(problem_of_tangents(problem, all_tangents)),
         changes(all_tangents),
         dropout(Dropout::make(problem.dropout_p, problem.philox_seed, problem.philox_offset)),
-        block_rows(forward_block_rows<Real>(problem, threads)),
+        block_rows(query_block_rows<Real>(problem, threads)),
         row_blocks((p.query_length + block_rows - 1) / block_rows) {}
 
   int64_t items() const { return p.batch * p.heads * row_blocks; }

@@ -122,6 +122,22 @@ TA_INLINE Vec<double> max(Vec<double> a, Vec<double> b) {
 #endif
 }
 
+// Whether a comparison holds in any lane.
+template <class Int>
+TA_INLINE bool any_lane(Int comparison) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)comparison, (__m512i)comparison) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)comparison, (__m256i)comparison);
+#elif defined(__x86_64__)
+  return _mm_movemask_epi8((__m128i)comparison) != 0;
+#else
+  bool any = false;
+  for (unsigned i = 0; i < sizeof(Int) / sizeof(comparison[0]); ++i) any |= comparison[i] != 0;
+  return any;
+#endif
+}
+
 // The 64-bit products of the lower halves of 64-bit lanes with a 32-bit number.
 typedef uint64_t WideVec __attribute__((vector_size(TA_VECTOR_BYTES)));
 TA_INLINE WideVec multiply_low_halves(WideVec a, uint32_t b) {

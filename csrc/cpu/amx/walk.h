@@ -2,7 +2,7 @@
 // Weights and score gradients are rounded to bfloat16 for the products that read them. Included by instantiate/amx.cpp.
 #pragma once
 
-#include "../backward.h"
+#include "../backward_tasks.h"
 #include "forward.h"
 
 namespace torch_attn::cpu::TORCH_ATTN_ISA {
@@ -144,7 +144,7 @@ struct AmxWalk {
         query_columns(round_up(p.head_dim, kTileSide)),
         key_sums(key_gradient),
         value_sums(value_gradient),
-        tile(p, scratch) {
+        tile(p, t, scratch) {
     static_assert(kAmxKeys * kAmxLanes <= kBackwardKeys * kMaxVectors * kLanes<float>, "TileScratch is too small");
     scores = scratch.take<float>(kAmxKeys * kAmxLanes);
     gradients = scratch.take<float>(kAmxKeys * kAmxLanes);

@@ -44,7 +44,7 @@ static bool has_large_logsumexp(const AttentionProblem& p, const BackwardTensors
 
 static void backward(const AttentionProblem& p, const BackwardTensors& t, const Parallel& parallel) {
   if (!suits_amx(p) || has_large_logsumexp(p, t)) return kAvx512Kernels.backward(p, t, parallel);
-  if (t.grad_attn_mask.defined()) mask_gradient<BackwardScores<float>>(p, t, parallel);
+  if (t.grad_attn_mask.defined()) mask_gradient<BackwardScores<GradientTile<float>>>(p, t, parallel);
   backward_with<AmxWalk>(p, t, parallel);
 }
 
