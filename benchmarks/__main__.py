@@ -21,7 +21,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--case", default="", help="only cases in whose name this regular expression is found")
     parser.add_argument("--group", nargs="+", help=f"only these groups of {sorted({c.group for c in CASES})}")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16", "float16"])
     parser.add_argument("--mode", nargs="+", choices=MODES, default=["forward", "forward+backward"])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--seconds", type=float, default=1.0, help="time spent on each pair")
