@@ -143,6 +143,8 @@ struct Forward {
     Real *maximum = block.maximum + offset, *old_maximum = block.old_maximum + offset,
          *rescale = block.rescale + offset;
     __builtin_memcpy(old_maximum, maximum, width * sizeof(Real));
+    const bool in_place = block.rows <= kFewQueries && p.dtype == kStoredAs<Real>;
+    if (in_place) prefetch_rows(value_rows, span.begin, span.end - span.begin, p.value_dim);
     score_tile<Real, kVectors, true>(stage, bias, span, p.head_dim, key_rows, block.query + offset * p.head_dim, row,
                                      key, block.scores, nullptr, maximum);
     prefetch_next_bias(stage.mask_rows, block.row, block.rows, offset, width, key, keys);
@@ -150,6 +152,7 @@ struct Forward {
     if (p.dropout_p > 0) {
       drop<kVectors>(block, row, key, span);
     }
+    if (in_place) prefetch_rows(key_rows, keys, keys, p.head_dim);
     combine_rows<Real, kVectors, true>(p.value_dim, span.end - span.begin,
                                        value_rows.data + span.begin * value_rows.stride, value_rows.stride,
                                        block.scores + span.begin * width, block.out + offset * p.value_dim, rescale);

@@ -181,11 +181,11 @@ TA_INLINE void transpose_in_registers(Vec<Real> (&rows)[kLanes<Real>]) {
 }
 
 template <class T>
-TA_INLINE T smaller(T a, T b) {
+TA_INLINE constexpr T smaller(T a, T b) {
   return b < a ? b : a;
 }
 template <class T>
-TA_INLINE T larger(T a, T b) {
+TA_INLINE constexpr T larger(T a, T b) {
   return a < b ? b : a;
 }
 TA_INLINE int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
