@@ -67,6 +67,24 @@ def bool_mask(*sizes: str, empty_rows: bool = False) -> Callable[[Case, torch.dt
     return draw
 
 
+def bool_mask_by_blocks(case: Case, dtype: torch.dtype) -> dict[str, Any]:
+    """Blocks in which nothing is attended, everything, or some keys: kernels tell these apart."""
+    mask = bool_mask("H", "L", "S")(case, dtype)["attn_mask"]
+    rows, keys = case.query_length // 2, 2 * case.key_length // 3
+    mask[..., :rows, :keys] = False
+    mask[..., rows:, :keys] = True
+    return {"attn_mask": mask}
+
+
+def key_major(draw: Callable[[Case, torch.dtype], dict[str, Any]]) -> Callable[[Case, torch.dtype], dict[str, Any]]:
+    """The same mask with neighbouring rows, not keys, next to each other in memory."""
+
+    def draw_transposed(case: Case, dtype: torch.dtype) -> dict[str, Any]:
+        return {"attn_mask": draw(case, dtype)["attn_mask"].transpose(2, 3).contiguous().transpose(2, 3)}
+
+    return draw_transposed
+
+
 def key_lengths(case: Case, dtype: torch.dtype) -> dict[str, Any]:
     lengths = torch.randint(0, case.key_length + 1, (case.batch,))
     lengths[0] = 0
@@ -127,6 +145,9 @@ CASES = [
     Case("bool_mask", draw=bool_mask("B", "H", "L", "S")),
     Case("bool_mask_empty_rows", draw=bool_mask("L", "S", empty_rows=True), query_length=100, key_length=110),
     Case("key_padding_mask", draw=bool_mask("B", "S"), query_length=90, key_length=130),
+    Case("bool_mask_by_blocks", draw=bool_mask_by_blocks, query_length=100, key_length=210),
+    Case("bool_mask_key_major", draw=key_major(bool_mask("L", "S")), query_length=40, key_length=70),
+    Case("float_mask_key_major", draw=key_major(float_mask("H", "L", "S")), query_length=40, key_length=70),
     Case("row_mask", draw=bool_mask("H", "L")),
     Case("float_mask", draw=float_mask("B", "H", "L", "S"), query_length=100, key_length=110),
     Case("float_mask_over_heads", draw=float_mask("B", "L", "S")),

@@ -17,12 +17,16 @@ from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 _ops = torch.ops.torch_attn
 _library = torch.library.Library("torch_attn", "IMPL")
 
+_STATISTICS = ("logsumexp", "entropy", "max_weight", "argmax", "mean_distance", "window_mass")
+_STATISTICS = (*_STATISTICS, "top_weights", "top_indices", "column_sum")
 _OPTIONS = ("attn_mask", "alibi_slopes", "sinks")
 _BY_BATCH = (
     *("query", "key", "value", "grad_out", "grad_logsumexp", "out", "logsumexp", "key_lengths"),
-    *("indices", "weights", "entropy", "grad_scores", "grad_log_prob", "grad_entropy"),
+    *("indices", "weights", "grad_scores", "grad_log_prob"),
     *("tangent_query", "tangent_key", "tangent_value", "tangent_out", "tangent_logsumexp"),
     *("tangent_grad_out", "tangent_grad_logsumexp"),
+    *(n for name in _STATISTICS[1:] for n in (name, f"grad_{name}")),
+    "grad_weights",
 )
 _Outputs = list[tuple[Tensor, int | None]]
 
@@ -51,6 +55,10 @@ class _Call:
         self.size = size
         self.batch = self.arguments[name].size(1 if name in self.mapped else 0)
         self.shapes = {n: x.shape[1:] if n in self.mapped else x.shape for n, x in self.tensors().items()}
+        if "query_rows" in self.mapped:
+            raise RuntimeError(
+                "vmap: attention_weights takes one choice of queries for all entries, but queries is mapped."
+            )
         wanted = dict(zip(self.gradients, self.arguments.get("output_mask", ()), strict=False))
         self._fold_random_bits(randomness)
         for name in _BY_BATCH:
@@ -141,6 +149,11 @@ def _backward(call: _Call) -> _Outputs:
     return [call.unfold_gradient(n, g) for n, g in zip(call.gradients, call.op(**call.arguments), strict=True)]
 
 
+def _statistics(call: _Call) -> _Outputs:
+    # A statistic that was not asked for has no dimension to unfold.
+    return [(x, None) if x.dim() == 1 else call.unfold(x) for x in call.op(**call.arguments)]
+
+
 def _register(name: str, rule: Callable[[_Call], _Outputs]) -> None:
     op = getattr(_ops, name).default
 
@@ -174,6 +187,10 @@ for _name, _rule in {
     "attention_backward": _backward,
     "attention_jvp": _jvp,
     "attention_backward_jvp": _backward,
+    "attention_statistics_forward": _statistics,
+    "attention_statistics_backward": _backward,
+    "attention_weights_forward": _jvp,
+    "attention_weights_backward": _backward,
     "select_keys": _forward,
     "select_keys_backward": _backward,
     "gather_values": _gather,

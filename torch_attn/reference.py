@@ -7,6 +7,8 @@ autograd, so use it to understand and to check, not to train.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -171,6 +173,63 @@ def attention(
     if keep_mask is not None:
         weights = weights * keep_mask / (1 - dropout_p) if dropout_p < 1 else weights * 0
     return weights.to(value.dtype) @ value, logsumexp, weights
+
+
+def attention_statistics(
+    query: Tensor,
+    key: Tensor,
+    *,
+    top_k: int = 0,
+    mass_window: int | None = None,
+    column_sum: bool = True,
+    **options: Any,
+) -> dict[str, Tensor | None]:
+    """The fields of :class:`torch_attn.AttentionStatistics` by name, of query (B, Hq, L, D) and key (B, Hkv, S, D).
+
+    ``options`` are those of :func:`attention` here, which computes the weights.
+    """
+    _, logsumexp, weights = attention(query, key, key[..., :0], **options)
+    log_weights = torch.where(weights > 0, weights, 1.0).log()
+    position = key_positions(
+        query.size(-2),
+        key.size(-2),
+        causal_alignment=options.get("causal_alignment", "top_left"),
+        key_lengths=options.get("key_lengths"),
+        device=query.device,
+    )
+    distance = (position - torch.arange(key.size(-2), device=query.device)).abs()
+    count = max(top_k, 1)
+    padded = torch.nn.functional.pad(weights, (0, count))
+    top_weights, top_indices = (x[..., :count] for x in padded.sort(dim=-1, descending=True, stable=True))
+    top_indices = top_indices.masked_fill(top_weights == 0, -1)
+    return {
+        "logsumexp": logsumexp,
+        "entropy": -(weights * log_weights).sum(-1),
+        "max_weight": top_weights[..., 0],
+        "argmax": top_indices[..., 0],
+        "mean_distance": (weights * distance).sum(-1),
+        "window_mass": None if mass_window is None else (weights * (distance <= mass_window)).sum(-1),
+        "top_weights": top_weights if top_k > 0 else None,
+        "top_indices": top_indices if top_k > 0 else None,
+        "column_sum": weights.sum(-2) if column_sum else None,
+    }
+
+
+def attention_weights(
+    query: Tensor,
+    key: Tensor,
+    *,
+    heads: str | Sequence[int] = "all",
+    queries: slice | Sequence[int] | Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """The weights (B, Hq', L', S) of the chosen heads and rows, or their mean over all heads (B, L', S)."""
+    _, _, weights = attention(query, key, key[..., :0], **options)
+    if queries is not None:
+        weights = weights[:, :, queries]
+    if isinstance(heads, str):
+        return weights.mean(1) if heads == "mean" else weights
+    return weights[:, list(heads)]
 
 
 NOISE_GROUP = 32  # keys that share a noise number when drawing with replacement

@@ -47,7 +47,7 @@ struct VectorWalk {
         kv_head(kv_head_index),
         key_sums(key_gradient),
         value_sums(value_gradient),
-        tile(p, scratch) {
+        tile(p, t, scratch) {
     const int64_t lanes = b.block_rows;
     weights = scratch.take<Real>(lanes * kBackwardKeys);
     gradients = scratch.take<Real>(lanes * kBackwardKeys);
@@ -112,6 +112,7 @@ struct VectorWalk {
       fill<Real>(panel_gradients + span.begin * width, 0, (span.end - span.begin) * width);
       return span;
     }
+    prefetch_next_bias(stage.mask_rows, block.row, block.rows, offset, width, key, keys);
     if (b.needs_query) {
       combine_rows<Real, kVectors, false>(
           p.head_dim, span.end - span.begin, key_rows.data + span.begin * key_rows.stride, key_rows.stride,

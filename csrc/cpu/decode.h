@@ -140,7 +140,7 @@ struct Decode {
       load_rows(query + row * query_dim, query_dim, p.query, first, 1, p.head_dim);
       start(state + row * state_size, batch, head, piece == 0);
     }
-    const KeyRange any = band_mask(p, batch).keys_of_any(0, p.query_length);
+    const KeyRange any = band_mask_of_selected_rows(p, batch).keys_of_any(0, p.query_length);
     const int64_t begin = larger(piece * piece_keys, any.begin), end = smaller((piece + 1) * piece_keys, any.end);
     for (int64_t key = begin; key < end; key += kDecodeKeys) {
       const int64_t keys = smaller(kDecodeKeys, end - key);
@@ -190,7 +190,10 @@ struct Decode {
     const auto clamp = [&](int64_t x) { return x < 0 ? int64_t{0} : x > keys ? keys : x; };
     const Int first = splat_int<Real>(clamp(range.begin - key)), last = splat_int<Real>(clamp(range.end - key)) - 1;
     const Vec<Real> position = splat(static_cast<Real>(stage.band.position(row) - key));
-    if (stage.mask) load_row(bias, stage.mask_dtype, stage.mask_element(row, key), stage.mask_column_stride, keys);
+    if (stage.mask) {
+      const MaskRows& mask = stage.mask_rows;
+      load_row(bias, mask.dtype, mask.at(row, key), mask.column_stride, keys);
+    }
     const Vec<Real> old_maximum = load(state);
     Vec<Real> highest = old_maximum;
     for (int64_t j = 0; j < keys; j += kLaneCount) {

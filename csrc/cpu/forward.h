@@ -102,8 +102,7 @@ struct Forward {
       const int64_t keys = smaller(kForwardKeys, range.end - key);
       BiasTile<Real> bias;
       if (stage.mask_is_per_key()) {
-        if (!load_bias_per_key(stage, key, keys, block.bias)) continue;
-        bias.per_key = block.bias;
+        if (!load_bias_per_key(stage.mask_rows, key, keys, block.bias, bias)) continue;
       }
       const Rows<Real> key_rows =
           key_value_rows(p.key, block.batch, kv_head, key, keys, p.head_dim, few_queries, key_scratch);
@@ -136,15 +135,17 @@ struct Forward {
     const int64_t row = block.row + offset, rows = smaller(width, block.rows - offset);
     const KeySpan span = KeySpan::of(stage.band, row, rows, key, keys, kTileRows<kVectors>);
     if (span.empty()) return;
-    if (stage.mask && bias.per_key == nullptr) {
-      if (!load_bias_per_lane(stage, row, rows, width, key, span.begin, span.end, block.staging, block.bias)) return;
-      bias.per_lane = block.bias;
+    if (stage.mask && !stage.mask_is_per_key() &&
+        !load_bias_per_lane(stage.mask_rows, row, rows, width, key, span.begin, span.end, block.staging, block.bias,
+                            bias)) {
+      return;
     }
     Real *maximum = block.maximum + offset, *old_maximum = block.old_maximum + offset,
          *rescale = block.rescale + offset;
     __builtin_memcpy(old_maximum, maximum, width * sizeof(Real));
     score_tile<Real, kVectors, true>(stage, bias, span, p.head_dim, key_rows, block.query + offset * p.head_dim, row,
                                      key, block.scores, nullptr, maximum);
+    prefetch_next_bias(stage.mask_rows, block.row, block.rows, offset, width, key, keys);
     softmax_tile<Real, kVectors>(span.begin, span.end, block.scores, old_maximum, maximum, block.sum + offset, rescale);
     if (p.dropout_p > 0) {
       drop<kVectors>(block, row, key, span);

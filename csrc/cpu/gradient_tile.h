@@ -88,7 +88,7 @@ struct GradientTile {
   Dropout dropout;
   TileScratch<Real> scratch;
 
-  GradientTile(const AttentionProblem& problem, Scratch& memory)
+  GradientTile(const AttentionProblem& problem, const BackwardTensors&, Scratch& memory)
       : p(problem),
         dropout(Dropout::make(problem.dropout_p, problem.philox_seed, problem.philox_offset)),
         scratch(problem, memory) {}

@@ -20,7 +20,8 @@ struct BackwardScores {
   Real *weights, *gradients, *key_scratch, *value_scratch;
   Rows<Real> key_rows{}, value_rows{};  // the block of keys
 
-  BackwardScores(const AttentionProblem& problem, const Tensors&, Scratch& scratch) : p(problem), tile(p, scratch) {
+  BackwardScores(const AttentionProblem& problem, const Tensors& tensors, Scratch& scratch)
+      : p(problem), tile(p, tensors, scratch) {
     constexpr int64_t size = kBackwardKeys * kMaxVectors * kLanes<Real>;
     weights = scratch.take<Real>(size);
     gradients = scratch.take<Real>(size);

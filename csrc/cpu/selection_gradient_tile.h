@@ -75,7 +75,8 @@ struct SelectionGradientTile {
   const AttentionProblem& p;
   TileScratch<Real> scratch;
 
-  SelectionGradientTile(const AttentionProblem& problem, Scratch& memory) : p(problem), scratch(problem, memory) {}
+  SelectionGradientTile(const AttentionProblem& problem, const SelectionBackwardTensors&, Scratch& memory)
+      : p(problem), scratch(problem, memory) {}
 
   template <int kVectors>
   TA_INLINE bool compute(const Block& block, const ScoreStage<Real>& stage, int64_t offset, int64_t key,

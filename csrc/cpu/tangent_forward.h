@@ -160,7 +160,7 @@ struct TangentForward {
                                stage.dot_factor(), block.score_tangents);
       BiasTile<Real> tangent_bias;
       load_bias<Real, kVectors>(added, block.tangent_tile, row, rows, key, span, tangent_bias);
-      if (stage.softcap || added.changes_elements()) {
+      if (stage.softcap || added.changes_elements(tangent_bias)) {
         tangent_scores<Real, kVectors>(stage, added, tangent_bias, row, key, span.begin, span.end, block.score_tangents,
                                        block.tile.derivative, nullptr);
       }

@@ -43,6 +43,7 @@ struct VecTypes<float> {
   typedef int32_t Int __attribute__((vector_size(TA_VECTOR_BYTES)));
   typedef uint32_t Unsigned __attribute__((vector_size(TA_VECTOR_BYTES)));
   using IntElement = int32_t;
+  using WordElement = uint32_t;
 };
 
 template <>
@@ -52,6 +53,7 @@ struct VecTypes<double> {
   typedef int64_t Int __attribute__((vector_size(TA_VECTOR_BYTES)));
   typedef uint64_t Unsigned __attribute__((vector_size(TA_VECTOR_BYTES)));
   using IntElement = int64_t;
+  using WordElement = uint64_t;
 };
 
 template <class Real>
@@ -120,20 +122,19 @@ TA_INLINE Vec<double> max(Vec<double> a, Vec<double> b) {
 #endif
 }
 
-// Whether a comparison holds in some lane.
-template <class Real>
-TA_INLINE bool any(IntVec<Real> holds) {
-#if defined(__AVX512DQ__)
-  return sizeof(Real) == 8 ? _mm512_movepi64_mask((__m512i)holds) != 0 : _mm512_movepi32_mask((__m512i)holds) != 0;
+// Whether a comparison holds in any lane.
+template <class Int>
+TA_INLINE bool any_lane(Int comparison) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)comparison, (__m512i)comparison) != 0;
 #elif defined(__AVX2__)
-  return _mm256_movemask_epi8((__m256i)holds) != 0;
+  return !_mm256_testz_si256((__m256i)comparison, (__m256i)comparison);
 #elif defined(__x86_64__)
-  return _mm_movemask_epi8((__m128i)holds) != 0;
+  return _mm_movemask_epi8((__m128i)comparison) != 0;
 #else
-  for (int i = 0; i < kLanes<Real>; ++i) {
-    if (holds[i] != 0) return true;
-  }
-  return false;
+  bool any = false;
+  for (unsigned i = 0; i < sizeof(Int) / sizeof(comparison[0]); ++i) any |= comparison[i] != 0;
+  return any;
 #endif
 }
 

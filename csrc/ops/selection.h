@@ -4,46 +4,10 @@
 
 #include <ATen/core/Generator.h>
 
-#include "ops/operators.h"
 #include "ops/outputs.h"
+#include "ops/score_options.h"
 
 namespace torch_attn::ops {
-
-// Options without dropout: what shapes the scores.
-struct ScoreOptions {
-  using Types =
-      TypeList<const OptionalTensor&, bool, std::optional<double>, std::optional<SymInt>, std::optional<SymInt>,
-               std::string_view, const OptionalTensor&, double, const OptionalTensor&, const OptionalTensor&>;
-
-  OptionalTensor attn_mask;
-  bool is_causal = false;
-  std::optional<double> scale;
-  std::optional<SymInt> window_left;
-  std::optional<SymInt> window_right;
-  std::string_view causal_alignment = "top_left";
-  OptionalTensor alibi_slopes;
-  double softcap = 0.0;
-  OptionalTensor sinks;
-  OptionalTensor key_lengths;
-
-  auto flat() const {
-    return std::tie(attn_mask, is_causal, scale, window_left, window_right, causal_alignment, alibi_slopes, softcap,
-                    sinks, key_lengths);
-  }
-  static ScoreOptions of(const Options& o) {
-    return {o.attn_mask,        o.is_causal,    o.scale,   o.window_left, o.window_right,
-            o.causal_alignment, o.alibi_slopes, o.softcap, o.sinks,       o.key_lengths};
-  }
-  Options options() const {
-    return {attn_mask,        0.0,          is_causal, scale, window_left, window_right,
-            causal_alignment, alibi_slopes, softcap,   sinks, key_lengths};
-  }
-};
-
-// As an attention call whose values have no columns.
-inline ForwardArguments without_value(const Tensor& query, const Tensor& key, const ScoreOptions& options) {
-  return {query, key, key.dim() == 4 ? key.narrow(3, 0, 0) : key, options.options(), std::nullopt};
-}
 
 // torch_attn::select_keys
 struct SelectArguments {

@@ -40,18 +40,6 @@ Tensor mask_to_four_dimensions(const Tensor& mask, const SymSizes& leading) {
   return leading.size() == 1 ? t : to_four_dimensions(t, leading);
 }
 
-void check_ranks(const ForwardArguments& f) {
-  const auto check_one = [](const Tensor& t, const char* name) {
-    TORCH_CHECK(t.dim() >= 2, "attention: ", name,
-                " must have at least 2 dimensions, (..., heads, length, head_dim) or (length, head_dim), but its shape "
-                "is ",
-                shape_text(t), ".");
-  };
-  check_one(f.query, "query");
-  check_one(f.key, "key");
-  check_one(f.value, "value");
-}
-
 }  // namespace
 
 Canonical::Canonical(const AttentionArguments& a) : arguments_(a.forward()) {
@@ -70,12 +58,39 @@ Tensor Canonical::restore(const Tensor& t) const {
   return has_heads_ ? t.squeeze(0) : t.squeeze(0).squeeze(0);
 }
 
+Tensor Canonical::restore_without_heads(const Tensor& t) const {
+  if (is_canonical_ || leading_.size() == 1) return t;
+  return leading_.empty() ? t.squeeze(0) : t.unflatten_symint(0, leading_);
+}
+
+Tensor Canonical::collapse_per_row(const Tensor& t, const char* name) const {
+  if (is_canonical_ || leading_.size() == 1) return t;
+  const auto rank = static_cast<int64_t>(leading_.size());
+  const int64_t wanted = leading_.empty() && !has_heads_ ? 1 : rank + 2;
+  TORCH_CHECK(t.dim() == wanted, "attention: ", name, " must have ", wanted,
+              " dimensions, those of a number per query row, but its shape is ", shape_text(t), ".");
+  if (leading_.empty()) return has_heads_ ? t.unsqueeze(0) : t.unsqueeze(0).unsqueeze(0);
+  return t.flatten(0, rank - 1);
+}
+
+void Canonical::check_ranks(const ForwardArguments& f) {
+  const auto check_one = [](const Tensor& t, const char* name) {
+    TORCH_CHECK(t.dim() >= 2, "attention: ", name,
+                " must have at least 2 dimensions, (..., heads, length, head_dim) or (length, head_dim), but its shape "
+                "is ",
+                shape_text(t), ".");
+  };
+  check_one(f.query, "query");
+  check_one(f.key, "key");
+  check_one(f.value, "value");
+}
+
 void Canonical::collapse_leading_dimensions() {
   ForwardArguments& f = arguments_;
   has_heads_ = std::max({f.query.dim(), f.key.dim(), f.value.dim()}) > 2;
   leading_ = broadcast(broadcast(leading_sizes(f.query), leading_sizes(f.key)), leading_sizes(f.value));
   if (is_defined(f.options.attn_mask)) {
-    check_mask_broadcasts(*f.options.attn_mask, mask_sizes());
+    check_mask_broadcasts(*f.options.attn_mask, mask_sizes(f));
     f.options.attn_mask = mask_to_four_dimensions(*f.options.attn_mask, leading_);
   }
   const auto rank = static_cast<int64_t>(leading_.size());
@@ -88,8 +103,8 @@ void Canonical::collapse_leading_dimensions() {
   f.value = to_four_dimensions(f.value, leading_);
 }
 
-Canonical::SymSizes Canonical::mask_sizes() const {
-  const ForwardArguments& f = arguments_;
+// (batch..., heads, query_length, key_length)
+c10::SymDimVector Canonical::mask_sizes(const ForwardArguments& f) const {
   const auto heads = [](const Tensor& t) { return t.dim() < 3 ? SymInt(1) : t.sym_size(-3); };
   SymSizes sizes = leading_;
   if (sizes.empty()) sizes.push_back(1);
@@ -99,7 +114,7 @@ Canonical::SymSizes Canonical::mask_sizes() const {
   return sizes;
 }
 
-Canonical::SymSizes Canonical::broadcast(const SymSizes& left, const SymSizes& right) const {
+c10::SymDimVector Canonical::broadcast(const SymSizes& left, const SymSizes& right) const {
   if (left == right) return left;
   SymSizes result(std::max(left.size(), right.size()), SymInt(1));
   for (size_t i = 1; i <= result.size(); ++i) {

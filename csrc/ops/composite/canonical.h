@@ -1,10 +1,9 @@
-// Brings what a user passes (any leading dimensions, broadcasting, heads shared by groups) to the four dimensions of
-// the operators that kernels implement, and their results back. ATen operators only, so every transform applies.
-// Included by the operators users call.
+// What users may pass (any leading dimensions, broadcasting, heads that match or form groups), brought to the four
+// dimensions (batch, head, row, column) of the operators that kernels implement, and results brought back. Included by
+// the files that implement the operators users call. ATen operators only, so every transform applies.
 #pragma once
 
 #include <c10/core/SymIntArrayRef.h>
-#include <c10/util/DimVector.h>
 
 #include "ops/arguments.h"
 
@@ -15,15 +14,20 @@ class Canonical {
   explicit Canonical(const AttentionArguments& arguments);
 
   const ForwardArguments& arguments() const { return arguments_; }
-  // Of out (B, Hq, L, Dv), logsumexp (B, Hq, L) or anything else of which a batch and a head are the first dimensions.
-  Tensor restore(const Tensor& result) const;
+
+  // Of a result (B, Hq, …) to (…, Hq, …).
+  Tensor restore(const Tensor& tensor) const;
+  // Of a result without heads, (B, …), to (…).
+  Tensor restore_without_heads(const Tensor& tensor) const;
+  // A number per row, of the shape that restore gives, (…, Hq, L), to (B, Hq, L).
+  Tensor collapse_per_row(const Tensor& tensor, const char* name) const;
 
  private:
   using SymSizes = c10::SymDimVector;
 
+  static void check_ranks(const ForwardArguments& arguments);
   void collapse_leading_dimensions();
-  // (batch..., heads, query_length, key_length)
-  SymSizes mask_sizes() const;
+  SymSizes mask_sizes(const ForwardArguments& arguments) const;
   SymSizes broadcast(const SymSizes& left, const SymSizes& right) const;
   void match_heads(bool enable_gqa);
 

@@ -153,12 +153,10 @@ SelectBackwardResult select_keys_backward(const SelectBackwardArguments& a) {
   OutputMask wanted{};
   for (size_t i = 0; i < kSelectGradients.size(); ++i) wanted[kSelectGradients[i]] = a.output_mask[i];
   const Tensor of_keys = grad.narrow_symint(-1, 0, w.sizes.key_length);
-  auto r = gradients_of_inputs(w, of_keys, forward, wanted);
-  if (wanted[kSinks])
-    r[kSinks] = per_head_gradient(grad.narrow_symint(-1, w.sizes.key_length, 1).sum({2, 3}), *a.options.sinks);
-  for (size_t i = 0; i < kGradients; ++i)
-    if (!wanted[i]) r[i] = no_gradient(a.query);
-  return {r[kQuery], r[kKey], r[kAttnMask], r[kAlibiSlopes], r[kSinks]};
+  const Tensor of_sink = has_sink(a.options) ? grad.narrow_symint(-1, w.sizes.key_length, 1) : Tensor();
+  const BackwardResult r = gradients_of_scores(w, of_keys, of_sink, forward.options, wanted);
+  return {std::get<kQuery>(r), std::get<kKey>(r), std::get<kAttnMask>(r), std::get<kAlibiSlopes>(r),
+          std::get<kSinks>(r)};
 }
 
 TORCH_LIBRARY_IMPL(torch_attn, CompositeExplicitAutograd, m) {

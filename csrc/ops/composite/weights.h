@@ -19,10 +19,12 @@ struct NoAutocast {
 // Everything between the inputs and out, in the accumulator type and with Hq heads.
 struct Weights {
   Sizes sizes;
+  at::ScalarType dtype = at::kFloat;  // the inputs' own
   Tensor query, key, value;
   c10::Scalar scale;
   double softcap = 0;
   Tensor capped;  // softcap(scale · q·k)
+  Tensor scores;  // with ALiBi and mask; −inf where a key is not attended
   Tensor minus_distance;
   Tensor logits;        // what the softmax is taken of, the sink's column at the end; 0 in empty rows
   Tensor weights;       // the softmax; 0 in empty rows
@@ -31,11 +33,19 @@ struct Weights {
   Tensor logsumexp;     // (B, Hq, L, 1)
   Tensor is_empty;      // (B, Hq, L, 1): no key is attended and no sink is there
 
+  // A sink's gradient from what a row's softmax subtracts from its weights' gradients, (B, Hq, L, 1).
+  Tensor sink_gradient(const Tensor& row_term) const {
+    return sink_weights.defined() ? (sink_weights * row_term).neg() : Tensor();
+  }
   Tensor drop(const Tensor& t) const { return kept.defined() ? t * kept : t; }
 };
 
-// The arguments must have been checked.
-Weights compute_weights(const ForwardArguments& arguments, const Tensor& rng_state);
+// The arguments must have been checked. rng_state is read only if there is dropout.
+Weights compute_weights(const ForwardArguments& arguments, const Tensor& rng_state, const SelectedRows& selected = {});
+
+// From the gradient of the scores, and of a sink's (B, Hq, L, 1), to those of all they are made of; value's is empty.
+BackwardResult gradients_of_scores(const Weights& weights, const Tensor& grad_scores, const Tensor& grad_sink,
+                                   const Options& options, const OutputMask& output_mask);
 
 // Each query head's own key or value head: (B, Hkv, S, D) -> (B, Hq, S, D); and its transpose.
 Tensor expand_kv_heads(const Tensor& tensor, const Sizes& sizes);
@@ -46,11 +56,6 @@ Tensor per_head(const Tensor& tensor, at::ScalarType type);
 
 // To the dtype and the layout that outputs.h's empty_by_row gives.
 Tensor by_row(const Tensor& tensor, at::ScalarType type);
-
-// The inputs' gradients that flow through the scores, from those of the scores (B, Hq, L, S): what the wanted ones
-// among query, key, attn_mask and alibi_slopes have in common in every operator. The others are left undefined.
-std::array<Tensor, kGradients> gradients_of_inputs(const Weights& weights, const Tensor& grad_scores,
-                                                   const ForwardArguments& arguments, const OutputMask& wanted);
 
 // The sum of tensor over the dimensions that like was broadcast in, in like's dtype.
 Tensor sum_to(const Tensor& tensor, const Tensor& like);
