@@ -71,8 +71,7 @@ struct SelectKeys {
       const int64_t keys = smaller(kSelectKeys, range.end - key);
       BiasTile<Real> bias;
       if (stage.mask_is_per_key()) {
-        if (!load_bias_per_key(stage, key, keys, block.bias)) continue;
-        bias.per_key = block.bias;
+        if (!load_bias_per_key(stage.mask_rows, key, keys, block.bias, bias)) continue;
       }
       const Rows<Real> key_rows = key_value_rows(p.key, block.batch, block.head / (p.heads / p.kv_heads), key, keys,
                                                  p.head_dim, few_queries, key_scratch);
@@ -105,9 +104,10 @@ struct SelectKeys {
     const int64_t row = block.row + offset, rows = smaller(width, block.rows - offset);
     const KeySpan span = KeySpan::of(stage.band, row, rows, key, keys, kTileRows<kVectors>);
     if (span.empty()) return;
-    if (stage.mask && bias.per_key == nullptr) {
-      if (!load_bias_per_lane(stage, row, rows, width, key, span.begin, span.end, block.staging, block.bias)) return;
-      bias.per_lane = block.bias;
+    if (stage.mask && !stage.mask_is_per_key() &&
+        !load_bias_per_lane(stage.mask_rows, row, rows, width, key, span.begin, span.end, block.staging, block.bias,
+                            bias)) {
+      return;
     }
     Real *maximum = block.maximum + offset, *old_maximum = block.old_maximum + offset;
     __builtin_memcpy(old_maximum, maximum, width * sizeof(Real));

@@ -59,7 +59,10 @@ class StatisticsFunction : public torch::autograd::Function<StatisticsFunction> 
     const BelowAutograd guard(*transforms);
     const auto results = as_array(AttentionStatisticsForward::call(*a));
     context->set_materialize_grads(false);
-    context->mark_non_differentiable({results[kArgmax], results[kTopIndices]});
+    variable_list constant = {results[kArgmax], results[kTopIndices]};
+    for (const Statistic s : {kWindowMass, kTopWeights, kColumnSum})
+      if (results[s].dim() == 1) constant.push_back(results[s]);  // not asked for
+    context->mark_non_differentiable(constant);
     const MapInputs inputs = map_inputs(*a);
     variable_list saved(inputs.begin(), inputs.end());
     saved.push_back(or_undefined(a->options.key_lengths));
