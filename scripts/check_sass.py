@@ -20,16 +20,34 @@ from pathlib import Path
 LIBRARY = Path(__file__).resolve().parents[1] / "torch_attn" / "lib" / "libtorch_attn.so"
 ARCHITECTURES = ("sm_80", "sm_90a")
 
-# Multiplications of mma.m16n8k16 in the unrolled loops: for each width, a plain and a full kernel (csrc/cuda/sm80).
+# Matrix instructions in the unrolled loops: for each width, a plain and a full kernel (csrc/cuda/sm80).
 PLANNED_HMMA = {
-    "forward_kernel": {64: (128, 64), 128: (128, 128), 256: (128, 128)},
-    "query_gradient_kernel": {64: (96, 96), 128: (96, 96), 256: (192, 192)},
-    "key_value_gradient_kernel": {64: (128, 128), 128: (128, 128), 256: (192, 192)},
+    "HMMA.16816.F32": {
+        "forward_kernel": {64: (128, 64), 128: (128, 128), 256: (128, 128)},
+        "decode_kernel": {64: (16, 16), 128: (32, 32), 256: (64, 64)},
+        "query_gradient_kernel": {64: (96, 96), 128: (96, 96), 256: (192, 192)},
+        "key_value_gradient_kernel": {64: (128, 128), 128: (128, 128), 256: (192, 192)},
+        "all_gradients_kernel": {64: (160, 160), 128: (160, 160)},
+    },
+    "HMMA.1688.F32.TF32": {
+        "forward_kernel": {64: (128, 128), 128: (128, 128)},
+        "decode_kernel": {64: (32, 32), 128: (64, 64)},
+        "query_gradient_kernel": {64: (96, 96), 128: (192, 192)},
+        "key_value_gradient_kernel": {64: (128, 128), 128: (256, 256)},
+    },
 }
-# The widest kernels may spill this much, once outside their loops; all others nothing.
+# The 16-bit ones come in two types.
+SM80_KERNELS = sum(
+    2 * len(widths) * (2 if instruction == "HMMA.16816.F32" else 1)
+    for instruction, kernels in PLANNED_HMMA.items()
+    for widths in kernels.values()
+)
+SIMT_KERNELS = 9
+# The widest kernels, with rows of 512 bytes, may spill this much, once outside their loops; all others nothing.
 WIDEST_SPILL_BYTES = 32
+WIDEST = {"HMMA.16816.F32": 256, "HMMA.1688.F32.TF32": 128}
 
-SM80_NAME = re.compile(r"4sm80\d+([a-z_]+_kernel)I\S*?\d((?:B)?Float16)ELi(\d+)ELb([01])E")
+SM80_NAME = re.compile(r"4sm80\d+([a-z_]+_kernel)I(f|\S*?\dB?Float16E)Li(\d+)ELb([01])E")
 SIMT_NAME = re.compile(r"4simt\d+([a-z_]+_kernel)I([fd])Li(\d+)E")
 
 
@@ -82,16 +100,18 @@ def disassemble(library: Path, architecture: str) -> list[Kernel]:
     return list(kernels.values())
 
 
-def check_sm80(kernel: Kernel, name: str, width: int, full: bool) -> list[str]:
+def check_sm80(kernel: Kernel, name: str, instruction: str, width: int, full: bool) -> list[str]:
     problems = []
-    planned = PLANNED_HMMA[name][width][full]
-    if (hmma := kernel.count("HMMA.16816.F32")) != planned:
-        problems.append(f"{hmma} HMMA in place of {planned}")
+    planned = PLANNED_HMMA[instruction][name][width][full]
+    if not kernel.count(instruction) == kernel.count("HMMA") == planned:
+        problems.append(f"{kernel.count('HMMA')} HMMA in place of {planned} {instruction}")
+    if name == "all_gradients_kernel" and kernel.count("ATOM"):
+        problems.append("its atomic sums wait for the old value")
     if kernel.count("LDGSTS") == 0 or kernel.count("LDGSTS") != kernel.count("LDGSTS", ".128"):
         problems.append("its asynchronous copies are not all of 16 bytes")
     if kernel.count("STG", ".128") == 0:
         problems.append("it does not store 16 bytes at a time")
-    if kernel.stack > (WIDEST_SPILL_BYTES if width == 256 else 0):
+    if kernel.stack > (WIDEST_SPILL_BYTES if width == WIDEST[instruction] else 0):
         problems.append(f"{kernel.stack} bytes of registers are spilled")
     return problems
 
@@ -112,9 +132,13 @@ def check(library: Path, architecture: str) -> list[str]:
     problems, sm80, simt = [], 0, 0
     for kernel in disassemble(library, architecture):
         if found := SM80_NAME.search(kernel.name):
-            name, dtype, width, full = found[1], found[2], int(found[3]), found[4] == "1"
+            name, width, full = found[1], int(found[3]), found[4] == "1"
+            instruction = "HMMA.1688.F32.TF32" if found[2] == "f" else "HMMA.16816.F32"
+            if name not in PLANNED_HMMA[instruction]:
+                continue
+            dtype = "TF32" if found[2] == "f" else "BFloat16" if "BFloat16" in found[2] else "Float16"
             label = f"sm80 {name} {dtype} {width} {'full' if full else 'plain'}"
-            wrong, sm80 = check_sm80(kernel, name, width, full), sm80 + 1
+            wrong, sm80 = check_sm80(kernel, name, instruction, width, full), sm80 + 1
         elif found := SIMT_NAME.search(kernel.name):
             name, dtype, width = found[1], {"f": "float", "d": "double"}[found[2]], int(found[3])
             label = f"simt {name} {dtype} {width}"
@@ -122,12 +146,15 @@ def check(library: Path, architecture: str) -> list[str]:
         else:
             continue
         print(
-            f"{architecture:7} {label:48} {kernel.registers:4} registers {kernel.stack:4} bytes spilled "
+            f"{architecture:7} {label:50} {kernel.registers:4} registers {kernel.stack:4} bytes spilled "
             f"{kernel.count('HMMA'):4} HMMA {'; '.join(wrong) or 'ok'}"
         )
         problems += [f"{architecture} {label}: {problem}" for problem in wrong]
-    if (sm80, simt) != (36, 9):
-        problems.append(f"{architecture}: found {sm80} tensor-core and {simt} portable kernels in place of 36 and 9")
+    if (sm80, simt) != (SM80_KERNELS, SIMT_KERNELS):
+        problems.append(
+            f"{architecture}: found {sm80} tensor-core and {simt} portable kernels in place of {SM80_KERNELS} and "
+            f"{SIMT_KERNELS}"
+        )
     return problems
 
 

@@ -68,6 +68,9 @@ struct AttentionProblem {
   const int64_t* rng_state = nullptr;
   int64_t dropout_batches = 0;  // bits repeat over the batch with this period; 0: each entry has its own
 
+  // float32 products may round their operands to TF32 (10 bits of mantissa). Read on CUDA only.
+  bool allow_tf32 = false;
+
   TA_HOST_DEVICE int64_t group_size() const { return kv_heads == 0 ? 1 : heads / kv_heads; }
 
   // The batch_head that dropout.h's counter takes.
@@ -92,6 +95,8 @@ struct BackwardTensors {
   const void* grad_logsumexp = nullptr;  // the same; null: zero
   TensorView grad_query, grad_key, grad_value, grad_attn_mask;
   void* grad_alibi_slopes = nullptr;
+  // The same bits in every run. If false, sums may be added in any order; read on CUDA only.
+  bool deterministic = true;
 };
 
 // Forward-mode derivatives: the tangents of a call's differentiable inputs; an undefined one is zero. query, key and

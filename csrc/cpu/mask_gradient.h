@@ -8,11 +8,11 @@
 
 namespace torch_attn::cpu::TORCH_ATTN_ISA {
 
-// The scores' gradient, panel by panel. MaskGradient takes any such source.
+// The scores' gradient, panel by panel, by a tile as backward_walk.h takes it. MaskGradient takes any such source.
 template <class Tile>
 struct BackwardScores {
   using Real = typename Tile::Real;
-  using Block = RowBlock<Real>;
+  using Block = typename Tile::Block;
   using Tensors = typename Tile::Tensors;
 
   const AttentionProblem& p;

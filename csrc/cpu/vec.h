@@ -43,6 +43,7 @@ struct VecTypes<float> {
   typedef int32_t Int __attribute__((vector_size(TA_VECTOR_BYTES)));
   typedef uint32_t Unsigned __attribute__((vector_size(TA_VECTOR_BYTES)));
   using IntElement = int32_t;
+  using WordElement = uint32_t;
 };
 
 template <>
@@ -52,6 +53,7 @@ struct VecTypes<double> {
   typedef int64_t Int __attribute__((vector_size(TA_VECTOR_BYTES)));
   typedef uint64_t Unsigned __attribute__((vector_size(TA_VECTOR_BYTES)));
   using IntElement = int64_t;
+  using WordElement = uint64_t;
 };
 
 template <class Real>
@@ -191,11 +193,11 @@ TA_INLINE void transpose_in_registers(Vec<Real> (&rows)[kLanes<Real>]) {
 }
 
 template <class T>
-TA_INLINE T smaller(T a, T b) {
+TA_INLINE constexpr T smaller(T a, T b) {
   return b < a ? b : a;
 }
 template <class T>
-TA_INLINE T larger(T a, T b) {
+TA_INLINE constexpr T larger(T a, T b) {
   return a < b ? b : a;
 }
 TA_INLINE int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }

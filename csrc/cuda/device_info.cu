@@ -11,21 +11,27 @@ namespace torch_attn::cuda {
 
 void set_device(int device) { check(cudaSetDevice(device), "cudaSetDevice"); }
 
-int compute_capability(int device) {
-  constexpr int kCached = 64;
-  static std::array<std::atomic<int>, kCached> cache{};
-  if (device < kCached && cache[device] != 0) return cache[device];
-  int major = 0, minor = 0;
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
-  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
-  if (device < kCached) cache[device] = 10 * major + minor;
-  return 10 * major + minor;
+DeviceFacts device_facts(int device) {
+  constexpr int kCached = 64, kUnit = 1000;
+  static std::array<std::atomic<int>, kCached> cache{};  // kUnit · multiprocessors + compute capability
+  int facts = device < kCached ? cache[device].load() : 0;
+  if (facts == 0) {
+    const auto attribute = [device](cudaDeviceAttr name) {
+      int value = 0;
+      check(cudaDeviceGetAttribute(&value, name, device), "cudaDeviceGetAttribute");
+      return value;
+    };
+    facts = kUnit * attribute(cudaDevAttrMultiProcessorCount) + 10 * attribute(cudaDevAttrComputeCapabilityMajor) +
+            attribute(cudaDevAttrComputeCapabilityMinor);
+    if (device < kCached) cache[device] = facts;
+  }
+  return {facts % kUnit, facts / kUnit};
 }
 
 #else
 
 void set_device(int) {}
-int compute_capability(int) { return 80; }
+DeviceFacts device_facts(int) { return {80, emulation::options.multiprocessors}; }
 
 #endif
 

@@ -15,79 +15,110 @@ const Tier* const kTiers[] = {&sm80::kTier, &simt::kTier};
 std::mutex forced_tier_mutex;
 std::string forced_tier;  // empty: none
 
-std::vector<TierAnswer> ask_tiers(const Call& call) {
+// One plan for each of kTiers.
+std::vector<Plan> ask_tiers(const Call& call) {
   std::string forced;
   {
     const std::lock_guard<std::mutex> lock(forced_tier_mutex);
     forced = forced_tier;
   }
-  std::vector<TierAnswer> answers;
+  std::vector<Plan> plans;
   for (const Tier* tier : kTiers) {
-    std::string refusal = tier->refusal(call);
-    if (refusal.empty() && !forced.empty() && forced != tier->name) refusal = "the tier " + forced + " is forced";
-    answers.push_back({tier->name, refusal});
+    Plan plan = tier->plan(call);
+    if (plan.refusal.empty() && !forced.empty() && forced != tier->name)
+      plan.refusal = "the tier " + forced + " is forced";
+    plans.push_back(std::move(plan));
   }
-  return answers;
+  return plans;
 }
 
+struct Choice {
+  const Tier& tier;
+  Plan plan;
+};
+
 // The first tier that can serve the call; if there is none, the error says why each cannot.
-const Tier& choose_tier(const Call& call) {
-  const std::vector<TierAnswer> answers = ask_tiers(call);
+Choice choose(const Call& call) {
+  const std::vector<Plan> plans = ask_tiers(call);
   std::string reasons;
-  for (size_t i = 0; i < answers.size(); ++i) {
-    if (answers[i].refusal.empty()) return *kTiers[i];
-    reasons += std::string(reasons.empty() ? "" : "; ") + answers[i].tier + ": " + answers[i].refusal;
+  for (size_t i = 0; i < plans.size(); ++i) {
+    if (plans[i].refusal.empty()) return {*kTiers[i], plans[i]};
+    reasons += std::string(reasons.empty() ? "" : "; ") + kTiers[i]->name + ": " + plans[i].refusal;
   }
   throw std::invalid_argument("no CUDA kernel can serve this call (" + reasons + ")");
 }
 
+std::vector<TierAnswer> answers(const Call& call) {
+  const std::vector<Plan> plans = ask_tiers(call);
+  std::vector<TierAnswer> result;
+  for (size_t i = 0; i < plans.size(); ++i) result.push_back({kTiers[i]->name, plans[i].refusal, plans[i].form});
+  return result;
+}
+
+// Rounded up, so that what follows them is aligned.
+size_t statistics_bytes(const AttentionProblem& p) {
+  constexpr size_t kArrays = 3, kAlignment = 128;  // see RowStatistics
+  const size_t rows = static_cast<size_t>(p.batch * p.heads * p.query_length);
+  const size_t bytes = kArrays * rows * (p.dtype == ScalarType::kFloat64 ? sizeof(double) : sizeof(float));
+  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+}
+
 template <class T>
-void backward_around(const Tier& tier, const AttentionProblem& p, const BackwardTensors& t, void* workspace,
-                     const Stream& stream) {
+void backward_by(const Choice& choice, const AttentionProblem& p, const BackwardTensors& t, void* workspace,
+                 const Stream& stream) {
+  const Tier& tier = choice.tier;
   row_statistics<T>(p, t, workspace, stream);
-  if (t.grad_query.defined() || t.grad_alibi_slopes) tier.query_gradient(p, t, workspace, stream);
-  if (t.grad_alibi_slopes) slope_gradient<T>(p, t, workspace, stream);
-  if (t.grad_key.defined() || t.grad_value.defined()) tier.key_value_gradient(p, t, workspace, stream);
+  if (choice.plan.fused_gradients) {
+    tier.all_gradients(p, t, workspace, static_cast<unsigned char*>(workspace) + statistics_bytes(p), stream);
+  } else {
+    if (t.grad_query.defined() || t.grad_alibi_slopes) tier.query_gradient(p, t, workspace, stream);
+    if (t.grad_alibi_slopes) slope_gradient<T>(p, t, workspace, stream);
+    if (t.grad_key.defined() || t.grad_value.defined()) tier.key_value_gradient(p, t, workspace, stream);
+  }
   if (t.grad_attn_mask.defined()) simt::mask_gradient<T>(p, t, workspace, stream);
 }
 
 }  // namespace
 
-void attention_forward(const AttentionProblem& p, const ForwardOutputs& outputs, const Stream& stream) {
-  set_device(stream.device);
-  choose_tier({p, nullptr, compute_capability(stream.device)}).forward(p, outputs, stream);
+size_t forward_workspace_bytes(const AttentionProblem& p, const Stream& stream) {
+  return choose({p, nullptr, device_facts(stream.device)}).plan.workspace_bytes;
 }
 
-size_t backward_workspace_bytes(const AttentionProblem& p) {
-  constexpr int kArrays = 3;  // see RowStatistics
-  return static_cast<size_t>(kArrays * p.batch * p.heads * p.query_length) *
-         (p.dtype == ScalarType::kFloat64 ? sizeof(double) : sizeof(float));
+void attention_forward(const AttentionProblem& p, const ForwardOutputs& outputs, void* workspace,
+                       const Stream& stream) {
+  set_device(stream.device);
+  const Call call{p, nullptr, device_facts(stream.device)};
+  choose(call).tier.forward(call, outputs, workspace, stream);
+}
+
+size_t backward_workspace_bytes(const AttentionProblem& p, const BackwardTensors& t, const Stream& stream) {
+  return statistics_bytes(p) + choose({p, &t, device_facts(stream.device)}).plan.workspace_bytes;
 }
 
 void attention_backward(const AttentionProblem& p, const BackwardTensors& t, void* workspace, const Stream& stream) {
   set_device(stream.device);
-  const Tier& tier = choose_tier({p, &t, compute_capability(stream.device)});
+  const Choice choice = choose({p, &t, device_facts(stream.device)});
   switch (p.dtype) {
     case ScalarType::kFloat64:
-      return backward_around<double>(tier, p, t, workspace, stream);
+      return backward_by<double>(choice, p, t, workspace, stream);
     case ScalarType::kFloat32:
-      return backward_around<float>(tier, p, t, workspace, stream);
+      return backward_by<float>(choice, p, t, workspace, stream);
     case ScalarType::kBFloat16:
-      return backward_around<BFloat16>(tier, p, t, workspace, stream);
+      return backward_by<BFloat16>(choice, p, t, workspace, stream);
     case ScalarType::kFloat16:
-      return backward_around<Float16>(tier, p, t, workspace, stream);
+      return backward_by<Float16>(choice, p, t, workspace, stream);
     case ScalarType::kBool:
       break;
   }
   throw std::invalid_argument("attention on CUDA takes float64, float32, bfloat16 and float16");
 }
 
-std::vector<TierAnswer> forward_tiers(const AttentionProblem& p, const Stream& stream) {
-  return ask_tiers({p, nullptr, compute_capability(stream.device)});
+std::vector<TierAnswer> forward_tiers(const AttentionProblem& p, const DeviceFacts& device) {
+  return answers({p, nullptr, device});
 }
 
-std::vector<TierAnswer> backward_tiers(const AttentionProblem& p, const BackwardTensors& t, const Stream& stream) {
-  return ask_tiers({p, &t, compute_capability(stream.device)});
+std::vector<TierAnswer> backward_tiers(const AttentionProblem& p, const BackwardTensors& t, const DeviceFacts& device) {
+  return answers({p, &t, device});
 }
 
 void force_tier(const std::string& name) {

@@ -29,6 +29,11 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t s
   check(cudaGetLastError(), "kernel launch");
 }
 
+// Fills memory with zeros.
+inline void clear(void* memory, size_t bytes, const Stream& stream) {
+  check(cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(stream.handle)), "cudaMemsetAsync");
+}
+
 #else
 
 template <class... Parameters>
@@ -38,6 +43,8 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t s
     emulation::launch(static_cast<unsigned>(blocks), static_cast<unsigned>(threads), shared_bytes,
                       [&] { kernel(arguments...); });
 }
+
+inline void clear(void* memory, size_t bytes, const Stream&) { std::memset(memory, 0, bytes); }
 
 #endif
 

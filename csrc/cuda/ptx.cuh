@@ -21,7 +21,7 @@ TA_DEVICE uint32_t shared_address(const void* pointer) {
 }
 
 // --- conversions
-// ------------------------------------------------------------------------------------------------------
+
 TA_DEVICE float to_float(Float16 x) {
   float result;
   asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(x.bits));
@@ -41,6 +41,13 @@ TA_DEVICE uint32_t pack(float low, float high, BFloat16) {
   return result;
 }
 
+// Round to nearest, ties away from zero, to the 10 bits of a mantissa that mma reads of a TF32 operand.
+TA_DEVICE uint32_t to_tf32(float x) {
+  uint32_t result;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(result) : "f"(x));
+  return result;
+}
+
 // 2 to the power x; about 2 ulp, subnormal results become 0.
 TA_DEVICE float ex2_approx(float x) {
   float result;
@@ -49,8 +56,8 @@ TA_DEVICE float ex2_approx(float x) {
 }
 
 // --- asynchronous copies, sm_80
-// --------------------------------------------------------------------------------------- 16 bytes from global to
-// shared memory, past the L1 cache; zeros when not valid (source is then not read).
+
+// 16 bytes from global to shared memory, past the L1 cache; zeros when not valid (source is then not read).
 TA_DEVICE void cp_async_16(void* destination, const void* source, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(destination)), "l"(source),
                "r"(valid ? 16 : 0)
@@ -63,8 +70,8 @@ TA_DEVICE void cp_async_wait() {
 }
 
 // --- matrix instructions, sm_80
-// --------------------------------------------------------------------------------------- Four 8x8 matrices of 16-bit
-// elements; lane 8m + r gives the address of row r of matrix m.
+
+// Four 8x8 matrices of 16-bit elements, or 8x4 of 32-bit ones; lane 8m + r gives the address of row r of matrix m.
 TA_DEVICE void ldmatrix_x4(uint32_t (&result)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(result[0]), "=r"(result[1]), "=r"(result[2]), "=r"(result[3])
@@ -89,6 +96,15 @@ TA_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, 
 TA_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, BFloat16) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// d (16x8, float) += a (16x8) · b (8x8), all TF32.
+TA_DEVICE void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -124,6 +140,13 @@ uint32_t pack(float low, float high, T type) {
   return round_to_half(low, type) | uint32_t{round_to_half(high, type)} << 16;
 }
 
+inline uint32_t to_tf32(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (x != x) return 0x7FFFFFFF;
+  return std::isinf(x) ? bits : (bits + 0x1000) & ~0x1FFFu;
+}
+
 inline float ex2_approx(float x) {
   const float result = std::exp2(x);
   return result < 1.17549435e-38f ? 0.0f : result;
@@ -146,6 +169,9 @@ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
 }
 inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, BFloat16) {
   emulation::multiply_accumulate_16x8x16(emulation::Half::kBFloat16, d, a, b0, b1);
+}
+inline void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulation::multiply_accumulate_16x8x8(d, a, b0, b1);
 }
 
 #endif

@@ -10,16 +10,28 @@ namespace torch_attn::cuda {
 struct Call {
   const AttentionProblem& problem;
   const BackwardTensors* backward;  // null: a forward call
-  int compute_capability;           // 80 for sm_80
+  DeviceFacts device;
+};
+
+// How a tier would serve a call.
+struct Plan {
+  std::string refusal;           // why it cannot; empty: it can
+  std::string form;              // which of its kernels, in words
+  size_t workspace_bytes = 0;    // scratch memory; of a backward call, beside the row statistics
+  bool fused_gradients = false;  // the gradients of query, key and value come from one kernel, all_gradients
 };
 
 struct Tier {
   const char* name;
-  std::string (*refusal)(const Call&);  // why it cannot serve the call; empty: it can
-  void (*forward)(const AttentionProblem&, const ForwardOutputs&, const Stream&);
-  // The workspace holds the row statistics. query_gradient also writes each row's part of grad_alibi_slopes, if wanted.
-  void (*query_gradient)(const AttentionProblem&, const BackwardTensors&, void* workspace, const Stream&);
-  void (*key_value_gradient)(const AttentionProblem&, const BackwardTensors&, void* workspace, const Stream&);
+  Plan (*plan)(const Call&);
+  void (*forward)(const Call&, const ForwardOutputs&, void* workspace, const Stream&);
+  // The statistics are those of row_statistics.cuh. query_gradient also writes each row's part of grad_alibi_slopes, if
+  // wanted.
+  void (*query_gradient)(const AttentionProblem&, const BackwardTensors&, void* statistics, const Stream&);
+  void (*key_value_gradient)(const AttentionProblem&, const BackwardTensors&, void* statistics, const Stream&);
+  // Null in a tier that never plans fused_gradients.
+  void (*all_gradients)(const AttentionProblem&, const BackwardTensors&, void* statistics, void* workspace,
+                        const Stream&);
 };
 
 namespace sm80 {

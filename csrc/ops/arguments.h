@@ -170,6 +170,17 @@ struct SelectedRows {
   std::optional<SymInt> query_length;  // given with rows
 };
 
+// torch_attn::cuda_tiers
+struct CudaTiersArguments {
+  using Types = Concatenated<Concatenated<TypeList<const Tensor&, const Tensor&, const Tensor&>, Options::Types>,
+                             TypeList<bool, int64_t, int64_t>>;
+
+  Tensor query, key, value;
+  Options options;
+  bool backward = false;
+  int64_t compute_capability = 0, multiprocessors = 0;  // 0: ask query's device
+};
+
 constexpr int64_t kRngStateSize = 3;  // see outputs.h
 
 inline bool is_defined(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }

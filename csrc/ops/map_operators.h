@@ -4,43 +4,9 @@
 
 #include <c10/util/ArrayRef.h>
 
-#include "ops/operators.h"
+#include "ops/score_options.h"
 
 namespace torch_attn::ops {
-
-// What shapes the scores: Options without dropout, in schema.cpp's order.
-struct ScoreOptions {
-  using Types =
-      TypeList<const OptionalTensor&, bool, std::optional<double>, std::optional<SymInt>, std::optional<SymInt>,
-               std::string_view, const OptionalTensor&, double, const OptionalTensor&, const OptionalTensor&>;
-
-  OptionalTensor attn_mask;
-  bool is_causal = false;
-  std::optional<double> scale;
-  std::optional<SymInt> window_left;
-  std::optional<SymInt> window_right;
-  std::string_view causal_alignment = "top_left";
-  OptionalTensor alibi_slopes;
-  double softcap = 0.0;
-  OptionalTensor sinks;
-  OptionalTensor key_lengths;
-
-  auto flat() const {
-    return std::tie(attn_mask, is_causal, scale, window_left, window_right, causal_alignment, alibi_slopes, softcap,
-                    sinks, key_lengths);
-  }
-  Options options() const {
-    return {attn_mask,        0.0,          is_causal, scale, window_left, window_right,
-            causal_alignment, alibi_slopes, softcap,   sinks, key_lengths};
-  }
-  static ScoreOptions of(const Options& o) {
-    return {o.attn_mask,        o.is_causal,    o.scale,   o.window_left, o.window_right,
-            o.causal_alignment, o.alibi_slopes, o.softcap, o.sinks,       o.key_lengths};
-  }
-};
-
-// A map needs no value; where attention's own code wants one, this has no columns.
-inline Tensor without_columns(const Tensor& key) { return key.dim() == 0 ? key : key.narrow_symint(-1, 0, 0); }
 
 // The inputs of a map that have a gradient, in the order of its backward operators' output_mask and results.
 enum MapGradient : size_t { kMapQuery, kMapKey, kMapAttnMask, kMapAlibiSlopes, kMapSinks, kMapGradients };
@@ -67,7 +33,7 @@ struct StatisticsArguments {
   auto flat() const {
     return std::tuple_cat(std::tie(query, key), options.flat(), std::tie(top_k, mass_window, column_sum));
   }
-  ForwardArguments forward() const { return {query, key, without_columns(key), options.options(), std::nullopt}; }
+  ForwardArguments forward() const { return without_value(query, key, options); }
 };
 
 // Its results. One that was not asked for has shape (0).
@@ -122,7 +88,7 @@ struct StatisticsBackwardArguments {
                                    argmax, mean_distance, window_mass, top_weights, top_indices),
                           options.flat(), std::tie(mass_window, output_mask));
   }
-  ForwardArguments forward() const { return {query, key, without_columns(key), options.options(), std::nullopt}; }
+  ForwardArguments forward() const { return without_value(query, key, options); }
 };
 
 // torch_attn::attention_weights_forward
@@ -140,7 +106,7 @@ struct WeightsArguments {
     return std::tuple_cat(std::tie(query, key), options.flat(),
                           std::tie(logsumexp, selected.rows, selected.query_length, mean));
   }
-  ForwardArguments forward() const { return {query, key, without_columns(key), options.options(), std::nullopt}; }
+  ForwardArguments forward() const { return without_value(query, key, options); }
 };
 using WeightsResult = std::tuple<Tensor, Tensor>;  // weights, logsumexp
 

@@ -47,4 +47,8 @@ struct DropoutKeepMask : Operator<DropoutKeepMask, DropoutArguments, Tensor> {
   static constexpr const char* name = "torch_attn::dropout_keep_mask";
 };
 
+struct CudaTiers : Operator<CudaTiers, CudaTiersArguments, std::vector<std::string>> {
+  static constexpr const char* name = "torch_attn::cuda_tiers";
+};
+
 }  // namespace torch_attn::ops

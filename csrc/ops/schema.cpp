@@ -7,15 +7,13 @@
 namespace {
 
 // Also the order of ops/arguments.h's Options.
-const std::string kOptions =
-    "Tensor? attn_mask=None, float dropout_p=0.0, bool is_causal=False, float? scale=None, SymInt? window_left=None, "
-    "SymInt? window_right=None, str causal_alignment=\"top_left\", Tensor? alibi_slopes=None, float softcap=0.0, "
-    "Tensor? sinks=None, Tensor? key_lengths=None";
-// The same without dropout, which attention maps do not have; also the order of ops/map_operators.h's ScoreOptions.
-const std::string kScoreOptions =
-    "Tensor? attn_mask=None, bool is_causal=False, float? scale=None, SymInt? window_left=None, "
-    "SymInt? window_right=None, str causal_alignment=\"top_left\", Tensor? alibi_slopes=None, float softcap=0.0, "
-    "Tensor? sinks=None, Tensor? key_lengths=None";
+const std::string kMask = "Tensor? attn_mask=None, ";
+const std::string kShaping =
+    "bool is_causal=False, float? scale=None, SymInt? window_left=None, SymInt? window_right=None, "
+    "str causal_alignment=\"top_left\", Tensor? alibi_slopes=None, float softcap=0.0, Tensor? sinks=None, "
+    "Tensor? key_lengths=None";
+const std::string kOptions = kMask + "float dropout_p=0.0, " + kShaping;
+const std::string kScoreOptions = kMask + kShaping;  // without dropout; the order of ScoreOptions
 const std::string kMapInputs = "Tensor query, Tensor key, *, ";
 const std::string kMapGradients =
     " -> (Tensor grad_query, Tensor grad_key, Tensor grad_attn_mask, Tensor grad_alibi_slopes, Tensor grad_sinks)";
@@ -100,10 +98,44 @@ TORCH_LIBRARY_FRAGMENT(torch_attn, m) {
           kScoreOptions + ", SymInt? mass_window=None, bool[5] output_mask)" + kMapGradients,
       pure);
 
+  // Hard attention: what users call, and what kernels implement.
+  define("hard_attention(" + kInputs + kScoreOptions +
+             ", str estimator=\"reinforce\", int num_samples=1, bool replacement=True, int k=1, "
+             "float temperature=1.0, Generator? generator=None, bool enable_gqa=False)"
+             " -> (Tensor output, Tensor indices, Tensor log_prob, Tensor entropy)",
+         random);
+  define("select_keys(Tensor query, Tensor key, *, " + kScoreOptions +
+             ", int count=1, bool sample=False, bool replacement=False, Tensor? rng_state=None)"
+             " -> (Tensor indices, Tensor scores, Tensor log_prob, Tensor entropy, Tensor logsumexp, Tensor rng_state)",
+         random);
+  define(
+      "select_keys_backward(Tensor? grad_scores, Tensor? grad_log_prob, Tensor? grad_entropy, Tensor? grad_logsumexp, "
+      "Tensor query, Tensor key, Tensor indices, Tensor entropy, Tensor logsumexp, *, " +
+          kScoreOptions +
+          ", bool[5] output_mask) -> (Tensor grad_query, Tensor grad_key, Tensor grad_attn_mask, "
+          "Tensor grad_alibi_slopes, Tensor grad_sinks)",
+      pure);
+  define(
+      "selection_noise(Tensor rng_state, SymInt batch, SymInt heads, SymInt query_length, SymInt key_length, int "
+      "count, "
+      "bool replacement, bool sink) -> Tensor",
+      pure);
+
+  // value (B, Hkv, S, Dv) by indices (B, Hq, R, count), weighted and summed over count: (B, Hq, R, Dv).
+  define("gather_values(Tensor value, Tensor indices, Tensor? weights=None) -> Tensor", pure);
+  define(
+      "gather_values_backward(Tensor grad_out, Tensor value, Tensor indices, Tensor? weights, bool[2] output_mask)"
+      " -> (Tensor grad_value, Tensor grad_weights)",
+      pure);
+
   // About the library itself; implemented in info.cpp.
   define("build_info() -> str", {});
   define("cpu_isa() -> str", {});
   define("cpu_isas() -> str[]", {});
   define("force_cpu_isa(str isa) -> ()", {});
   define("kernel_calls() -> int", {});
+  // "name", how it would serve the call, why it cannot: three strings for each tier; one of the last two is empty.
+  define("cuda_tiers(" + kInputs + kOptions +
+             ", bool backward=False, int compute_capability=0, int multiprocessors=0) -> str[]",
+         {});
 }

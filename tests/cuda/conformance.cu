@@ -6,7 +6,7 @@
 namespace torch_attn::cuda {
 namespace {
 
-constexpr int kInputWords = 16, kOutputWords = 20;  // a lane
+constexpr int kInputWords = 16, kOutputWords = 20, kTf32Words = 8;  // a lane
 constexpr int kSharedBytes = 2 * 32 * 16;
 
 template <class T>
@@ -62,28 +62,59 @@ __global__ void conformance_kernel(const uint32_t* in, uint32_t* out) {
   out[19] = __shfl_down_sync(~0u, in[0], 3);
 }
 
-void run(bool bfloat16, const uint32_t* in, uint32_t* out) {
-  launch(bfloat16 ? conformance_kernel<BFloat16> : conformance_kernel<Float16>, 1, 32, kSharedBytes, Stream{}, in, out);
+// In: numbers in float. Out, 0 … 3: the first ones rounded; 4 … 7: a product of the next ones, added to the last.
+__global__ void tf32_kernel(const float* in, uint32_t* out) {
+  in += threadIdx.x * kInputWords;
+  out += threadIdx.x * kTf32Words;
+  uint32_t operand[6];
+  for (int i = 0; i < 6; ++i) operand[i] = ptx::to_tf32(in[i]);
+  for (int i = 0; i < 4; ++i) out[i] = operand[i];
+  float d[4] = {in[12], in[13], in[14], in[15]};
+  const uint32_t a[4] = {operand[0], operand[1], operand[2], operand[3]};
+  ptx::mma_m16n8k8(d, a, operand[4], operand[5]);
+  memcpy(out + 4, d, sizeof(d));
+}
+
+// Calls run(in, out) with the two buffers where the kernels run. Returns 0, or the CUDA error.
+template <class Run>
+int with_device_memory(const void* in, size_t in_bytes, void* out, size_t out_bytes, Run&& run) {
+#if defined(__CUDACC__)
+  void *device_in = nullptr, *device_out = nullptr;
+  if (cudaMalloc(&device_in, in_bytes) || cudaMalloc(&device_out, out_bytes)) return cudaGetLastError();
+  cudaMemcpy(device_in, in, in_bytes, cudaMemcpyHostToDevice);
+  run(device_in, device_out);
+  const int error = cudaMemcpy(out, device_out, out_bytes, cudaMemcpyDeviceToHost);
+  cudaFree(device_in);
+  cudaFree(device_out);
+  return error;
+#else
+  (void)in_bytes, (void)out_bytes;
+  run(const_cast<void*>(in), out);
+  return 0;
+#endif
 }
 
 }  // namespace
 }  // namespace torch_attn::cuda
 
-// in: 32 x 16 words of pairs of 16-bit numbers; out: 32 x 20 words. Both in host memory. Returns 0, or the CUDA error.
-extern "C" int run_conformance(bool bfloat16, const uint32_t* in, uint32_t* out) {
+// All buffers are in host memory.
+extern "C" {
+
+// in: 32 x 16 words of pairs of 16-bit numbers; out: 32 x 20 words.
+int run_conformance(bool bfloat16, const uint32_t* in, uint32_t* out) {
   using namespace torch_attn::cuda;
-#if defined(__CUDACC__)
-  constexpr size_t kIn = 32 * kInputWords * sizeof(uint32_t), kOut = 32 * kOutputWords * sizeof(uint32_t);
-  uint32_t *device_in = nullptr, *device_out = nullptr;
-  if (cudaMalloc(&device_in, kIn) || cudaMalloc(&device_out, kOut)) return cudaGetLastError();
-  cudaMemcpy(device_in, in, kIn, cudaMemcpyHostToDevice);
-  run(bfloat16, device_in, device_out);
-  const int error = cudaMemcpy(out, device_out, kOut, cudaMemcpyDeviceToHost);
-  cudaFree(device_in);
-  cudaFree(device_out);
-  return error;
-#else
-  run(bfloat16, in, out);
-  return 0;
-#endif
+  return with_device_memory(in, 32 * kInputWords * 4, out, 32 * kOutputWords * 4, [&](void* from, void* to) {
+    launch(bfloat16 ? conformance_kernel<BFloat16> : conformance_kernel<Float16>, 1, 32, kSharedBytes, Stream{},
+           static_cast<const uint32_t*>(from), static_cast<uint32_t*>(to));
+  });
 }
+
+// in: 32 x 16 numbers; out: 32 x 8 words.
+int run_tf32_conformance(const float* in, uint32_t* out) {
+  using namespace torch_attn::cuda;
+  return with_device_memory(in, 32 * kInputWords * 4, out, 32 * kTf32Words * 4, [&](void* from, void* to) {
+    launch(tf32_kernel, 1, 32, 0, Stream{}, static_cast<const float*>(from), static_cast<uint32_t*>(to));
+  });
+}
+
+}  // extern "C"

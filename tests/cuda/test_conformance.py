@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..cuda_emulation.emulation import build
+from ..oracle import rounded_to_tf32
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
@@ -24,6 +25,13 @@ def run(library: ctypes.CDLL, inputs: Tensor) -> Tensor:
     words = torch.empty(32, 20, dtype=torch.int32)
     pointers = ctypes.c_void_p(inputs.data_ptr()), ctypes.c_void_p(words.data_ptr())
     assert library.run_conformance(ctypes.c_bool(inputs.dtype == torch.bfloat16), *pointers) == 0
+    return words
+
+
+def run_tf32(library: ctypes.CDLL, inputs: Tensor) -> Tensor:
+    """inputs: (32, 16) float32. Returns the kernel's words as (32, 8) int32."""
+    words = torch.empty(32, 8, dtype=torch.int32)
+    assert library.run_tf32_conformance(ctypes.c_void_p(inputs.data_ptr()), ctypes.c_void_p(words.data_ptr())) == 0
     return words
 
 
@@ -87,6 +95,46 @@ def test_emulation_computes_what_torch_does(dtype: torch.dtype, emulated: ctypes
     assert torch.equal(words[:, 17], own[lane ^ 5])
     assert torch.equal(words[:, 18], own[(lane * 7 + 3) % 32])
     assert torch.equal(words[:, 19], own[torch.where(lane + 3 < 32, lane + 3, lane)])
+
+
+def tf32_inputs() -> Tensor:
+    """Random numbers; among those to be rounded, ties of either sign and what rounds up to the next power of two."""
+    inputs = torch.randn(32, 16)
+    ties = torch.randint(1 << 10, (32,), dtype=torch.int32) << 13 | 0x3F801000 | (torch.randint(2, (32,)).int() << 31)
+    inputs[:, 0] = ties.view(torch.float32)
+    inputs[::4, 1] = torch.tensor(0x3FFFFFFF, dtype=torch.int32).view(torch.float32)
+    inputs[1::4, 1] = 0.0
+    return inputs
+
+
+def test_emulation_of_tf32_computes_what_torch_does(emulated: ctypes.CDLL) -> None:
+    inputs = tf32_inputs()
+    words = run_tf32(emulated, inputs)
+    rounded = rounded_to_tf32(inputs)
+    assert torch.equal(floats(words[:, :4]), rounded[:, :4])
+    assert not (words[:, :4] & 0x1FFF).any()
+    assert (rounded - inputs).abs().div(inputs.abs().clamp_min(1e-30)).max() <= 2**-11
+    tie_away = torch.where(inputs[:, 0] > 0, rounded[:, 0] > inputs[:, 0], rounded[:, 0] < inputs[:, 0])
+    assert tie_away.all()
+
+    group, t = torch.arange(32) // 4, torch.arange(32) % 4
+    a, b, c = torch.zeros(16, 8), torch.zeros(8, 8), torch.zeros(16, 8)
+    for i in range(4):
+        a[group + 8 * (i % 2), t + 4 * (i // 2)] = rounded[:, i]
+        c[group + 8 * (i // 2), 2 * t + i % 2] = inputs[:, 12 + i]
+    for i in range(2):
+        b[t + 4 * i, group] = rounded[:, 4 + i]
+    d = a @ b + c
+    for i in range(4):
+        actual = floats(words[:, 4 + i])
+        torch.testing.assert_close(actual, d[group + 8 * (i // 2), 2 * t + i % 2], rtol=1e-5, atol=1e-5)
+
+
+def test_gpu_computes_what_the_emulation_of_tf32_does(emulated: ctypes.CDLL, compiled: ctypes.CDLL) -> None:
+    inputs = tf32_inputs()
+    expected, actual = run_tf32(emulated, inputs), run_tf32(compiled, inputs)
+    assert torch.equal(actual[:, :4], expected[:, :4])
+    torch.testing.assert_close(floats(actual[:, 4:]), floats(expected[:, 4:]), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

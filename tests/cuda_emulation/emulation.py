@@ -7,7 +7,7 @@ import math
 import shutil
 import subprocess
 from collections.abc import Iterable
-from ctypes import POINTER, Structure, c_char_p, c_double, c_int, c_int64, c_size_t, c_uint8, c_uint64, c_void_p
+from ctypes import POINTER, Structure, c_bool, c_char_p, c_double, c_int, c_int64, c_size_t, c_uint8, c_uint64, c_void_p
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ class AttentionProblem(Structure):
         ("philox_offset", c_uint64),
         ("rng_state", c_void_p),
         ("dropout_batches", c_int64),
+        ("allow_tf32", c_bool),
     ]
 
 
@@ -62,6 +63,7 @@ class BackwardTensors(Structure):
         ("grad_logsumexp", c_void_p),
         *((f"grad_{name}", TensorView) for name in ("query", "key", "value", "attn_mask")),
         ("grad_alibi_slopes", c_void_p),
+        ("deterministic", c_bool),
     ]
 
 
@@ -84,7 +86,7 @@ class Device:
         self.lib.emulation_allocate.restype = c_void_p
         self.lib.emulation_allocate.argtypes = [c_size_t, c_size_t]
         self.lib.emulation_set_read_only.argtypes = [c_void_p]
-        self.lib.emulation_configure.argtypes = [c_uint64, c_int, c_int]
+        self.lib.emulation_configure.argtypes = [c_uint64, c_int, c_int, c_int]
         self.lib.emulation_keep_mask.argtypes = [POINTER(AttentionProblem), c_void_p]
         self.lib.emulation_error.restype = c_char_p
         self.lib.emulation_tiers.restype = c_char_p
@@ -96,8 +98,10 @@ class Device:
         self.force_tier("")
         self.configure()
 
-    def configure(self, seed: int = 0, fault: Fault = Fault.NONE, fault_call: int = 0) -> None:
-        self.lib.emulation_configure(seed, fault, fault_call)
+    def configure(
+        self, seed: int = 0, fault: Fault = Fault.NONE, fault_call: int = 0, multiprocessors: int = 108
+    ) -> None:
+        self.lib.emulation_configure(seed, fault, fault_call, multiprocessors)
 
     def force_tier(self, name: str) -> None:
         self.check(self.lib.emulation_force_tier(name.encode()))
@@ -165,8 +169,18 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 class Run:
     """One call on the device; holds the problem and what the forward pass left for the backward pass."""
 
-    def __init__(self, device: Device, call: Call, rng_state: tuple[int, int], dropout_batches: int = 0) -> None:
+    def __init__(
+        self,
+        device: Device,
+        call: Call,
+        rng_state: tuple[int, int],
+        dropout_batches: int = 0,
+        *,
+        allow_tf32: bool = False,
+        deterministic: bool = True,
+    ) -> None:
         self.device, self.call = device, call
+        self.deterministic = deterministic
         device.lib.emulation_free_all()
         q, k, v, options = call.query, call.key, call.value, call.options
         self.sizes = (q.size(0), q.size(1), q.size(2))
@@ -182,6 +196,7 @@ class Run:
         p.alignment = options.get("causal_alignment", "top_left") == "bottom_right"
         p.dropout_p = options.get("dropout_p", 0.0)
         p.rng_state = device.put(torch.tensor([*rng_state, dropout_batches]))
+        p.allow_tf32 = allow_tf32
         p.philox_seed, p.philox_offset, p.dropout_batches = 1, 1, 1  # must not be read
         if (mask := options.get("attn_mask")) is not None:
             p.attn_mask = view(device.put(mask), mask, strides(mask))
@@ -200,7 +215,12 @@ class Run:
         return torch.empty(b, n, h, d, dtype=tensor.dtype).transpose(1, 2)
 
     def tiers(self) -> dict[str, str]:
-        text = self.device.lib.emulation_tiers(ctypes.byref(self.problem), None).decode()
+        """Each tier's answer to the forward call: "+" and how it would serve it, or why it cannot."""
+        return self.answers(None)
+
+    def answers(self, backward: BackwardTensors | None) -> dict[str, str]:
+        pointer = None if backward is None else ctypes.byref(backward)
+        text = self.device.lib.emulation_tiers(ctypes.byref(self.problem), pointer).decode()
         return dict(line.split(": ", 1) for line in text.splitlines())
 
     def forward(self) -> dict[str, Tensor]:
@@ -224,6 +244,7 @@ class Run:
             grads[name], pointers[name] = tensor, device.empty(tensor)
             return pointers[name]
 
+        t.deterministic = self.deterministic
         t.out, t.grad_out = view(device.put(self.out), self.out), view(device.put(call.grad_out), call.grad_out)
         t.logsumexp = device.put(self.logsumexp)
         t.grad_logsumexp = device.put(self.grad_logsumexp()) if call.grad_logsumexp is not None else None
@@ -236,6 +257,7 @@ class Run:
             t.grad_attn_mask = view(output("grad_attn_mask", grad), grad, strides(grad))
         if "alibi_slopes" in leaves:
             t.grad_alibi_slopes = output("grad_alibi_slopes", torch.empty(self.sizes[:2], dtype=self.real))
+        self.backward_tiers = self.answers(t)
         device.check(device.lib.emulation_backward(ctypes.byref(self.problem), ctypes.byref(t)))
         for name, grad in grads.items():
             device.get(pointers[name], grad)
@@ -266,8 +288,10 @@ class Run:
         return self.device.get(pointer, mask)
 
 
-def run_on(device: Device, call: Call, rng_state: tuple[int, int]) -> tuple[dict[str, Any], Tensor | None]:
-    """Forward and backward of one call, and the dropout mask it used."""
-    run = Run(device, call, rng_state)
+def run_on(
+    device: Device, call: Call, rng_state: tuple[int, int], **flags: bool
+) -> tuple[dict[str, Any], Tensor | None]:
+    """Forward and backward of one call, and the dropout mask it used. flags: Run's allow_tf32 and deterministic."""
+    run = Run(device, call, rng_state, **flags)
     results = run.forward() | run.backward()
     return results, run.keep_mask() if call.options.get("dropout_p", 0.0) > 0 else None

@@ -40,8 +40,8 @@ void emulation_structure_sizes(size_t* sizes) {
   sizes[3] = sizeof(torch_attn::BackwardTensors);
 }
 
-void emulation_configure(uint64_t seed, int fault, int fault_call) {
-  emulation::options = {seed, static_cast<emulation::Fault>(fault), fault_call};
+void emulation_configure(uint64_t seed, int fault, int fault_call, int multiprocessors) {
+  emulation::options = {seed, static_cast<emulation::Fault>(fault), fault_call, multiprocessors};
 }
 
 void* emulation_allocate(size_t bytes, size_t granule) { return emulation::allocate(bytes, granule); }
@@ -52,22 +52,28 @@ int emulation_force_tier(const char* name) {
   return guarded([&] { cuda::force_tier(name); });
 }
 
-// "tier: refusal" for each tier, one a line.
+// "tier: refusal" for each tier, one a line; of one that would serve the call, "tier: +form".
 const char* emulation_tiers(const torch_attn::AttentionProblem* problem, const torch_attn::BackwardTensors* backward) {
   static std::string text;
   text.clear();
-  const auto answers = backward ? cuda::backward_tiers(*problem, *backward, {}) : cuda::forward_tiers(*problem, {});
-  for (const auto& answer : answers) text += std::string(answer.tier) + ": " + answer.refusal + "\n";
+  const cuda::DeviceFacts device = cuda::device_facts(0);
+  const auto answers =
+      backward ? cuda::backward_tiers(*problem, *backward, device) : cuda::forward_tiers(*problem, device);
+  for (const auto& answer : answers)
+    text += std::string(answer.tier) + ": " + (answer.refusal.empty() ? "+" + answer.form : answer.refusal) + "\n";
   return text.c_str();
 }
 
 int emulation_forward(const torch_attn::AttentionProblem* problem, const torch_attn::ForwardOutputs* outputs) {
-  return guarded([&] { cuda::attention_forward(*problem, *outputs, {}); });
+  return guarded([&] {
+    void* workspace = emulation::allocate(cuda::forward_workspace_bytes(*problem, {}), sizeof(float));
+    cuda::attention_forward(*problem, *outputs, workspace, {});
+  });
 }
 
 int emulation_backward(const torch_attn::AttentionProblem* problem, const torch_attn::BackwardTensors* tensors) {
   return guarded([&] {
-    const size_t bytes = cuda::backward_workspace_bytes(*problem);
+    const size_t bytes = cuda::backward_workspace_bytes(*problem, *tensors, {});
     void* workspace = emulation::allocate(bytes, sizeof(float));
     cuda::attention_backward(*problem, *tensors, workspace, {});
   });

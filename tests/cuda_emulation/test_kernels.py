@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -51,7 +52,9 @@ def check_case(device: Device, tier: str, case: Case, dtype: torch.dtype) -> Non
     call = draw_call(case, dtype)
     device.force_tier(tier)
     device.configure(random_seed())
-    assert_accurate(call, *run_on(device, call, random_rng_state()), rounds_weights=tier == "sm80")
+    tf32 = tier == "sm80" and dtype == torch.float32
+    results = run_on(device, call, random_rng_state(), allow_tf32=tf32)
+    assert_accurate(call, *results, rounds_weights=tier == "sm80", tf32=tf32)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -110,6 +113,70 @@ def test_sm80_widths(case: Case, dtype: torch.dtype, device: Device) -> None:
     check_case(device, "sm80", case, dtype)
 
 
+TF32_CASES = ["long", "window", "grouped_query_causal", "float_mask_causal", "dropout_causal_grouped", "everything"]
+TF32_WIDTHS = [
+    Case("dim_4_value_12", head_dim=4, value_dim=12, **ONE_HEAD),
+    Case("dim_64", head_dim=64, value_dim=64, **ONE_HEAD),
+    Case("dim_64_everything", head_dim=64, value_dim=60, draw=everything, options=FULL, **ONE_HEAD),
+    Case("dim_128_causal", head_dim=128, value_dim=128, options=CAUSAL, **ONE_HEAD),
+    Case("dim_100_value_72_masked", head_dim=100, value_dim=72, draw=bool_mask("L", "S"), options=FULL, **ONE_HEAD),
+]
+
+
+@pytest.mark.parametrize("case", [*TF32_WIDTHS, *(case for case in CASES if case.name in TF32_CASES)], ids=str)
+def test_sm80_tf32(case: Case, device: Device) -> None:
+    check_case(device, "sm80", case, torch.float32)
+
+
+FUSED_CASES = ["plain", "causal_long", "causal_bottom_right", "window", "window_left_of_all_keys", "heads_inside"]
+FUSED_CASES += ["grouped_query_causal", "bool_mask_empty_rows", "float_mask", "extreme_mask_rows", "key_lengths"]
+FUSED_CASES += ["softcap", "sinks", "dropout_causal_grouped", "negative_scale", "wide_value"]
+FUSED_WIDTHS = [
+    Case("dim_64", head_dim=64, value_dim=64, **ONE_HEAD),
+    Case("dim_128_causal", head_dim=128, value_dim=128, options=CAUSAL, **ONE_HEAD),
+    Case("dim_80_value_120_masked", head_dim=80, value_dim=120, draw=bool_mask("L", "S"), options=FULL, **ONE_HEAD),
+]
+FUSED = "+one kernel for grad_query, grad_key and grad_value, which adds with atomics"
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(case, dtype) for case in FUSED_WIDTHS for dtype in HALF]
+    + [(CASE_BY_NAME[name], torch.bfloat16) for name in FUSED_CASES],
+    ids=str,
+)
+def test_sm80_fused_gradients(case: Case, dtype: torch.dtype, device: Device) -> None:
+    call, rng_state = draw_call(case, dtype), random_rng_state()
+    device.force_tier("sm80")
+    device.configure(random_seed(), multiprocessors=1)
+    run = Run(device, call, rng_state, deterministic=False)
+    results = run.forward() | run.backward()
+    assert run.backward_tiers["sm80"] == FUSED
+    assert_accurate(call, results, run.keep_mask() if run.problem.dropout_p > 0 else None, rounds_weights=True)
+
+
+def test_gradients_are_fused_where_it_is_allowed_and_gains(device: Device) -> None:
+    def form(dtype: torch.dtype = torch.float16, wanted: list[str] | None = None, **sizes: Any) -> str:
+        draw = everything if wanted and "alibi_slopes" in wanted else None
+        flags = {"deterministic": sizes.pop("deterministic", False)}
+        device.configure(multiprocessors=sizes.pop("multiprocessors", 1))
+        run = Run(device, draw_call(Case("call", draw=draw, **sizes), dtype), (0, 0), allow_tf32=True, **flags)
+        run.forward()
+        run.backward(wanted)
+        return run.backward_tiers["sm80"]
+
+    two = "+one kernel for grad_query, one for grad_key and grad_value"
+    assert form() == FUSED
+    assert form(wanted=["query", "value"]) == FUSED
+    assert form(deterministic=True) == two
+    assert form(wanted=["query"]) == form(wanted=["key", "value"]) == two  # nothing would be computed twice
+    assert form(wanted=["query", "key", "value", "alibi_slopes"]) == two
+    assert form(head_dim=136) == two
+    assert form(torch.float32) == two + ", products in TF32"
+    # Few keys and many rows: 4 blocks in place of 20 and 4.
+    assert form(query_length=300, multiprocessors=20) == two
+
+
 @pytest.mark.parametrize("case", [Case("no_batch", batch=0), Case("no_rows", query_length=0)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_an_empty_call_does_nothing(case: Case, dtype: torch.dtype, device: Device) -> None:
@@ -134,21 +201,28 @@ def test_each_gradient_alone_is_the_same_as_with_the_others(tier: str, wanted: l
 
 
 def test_each_tier_serves_or_says_why_not(device: Device) -> None:
-    def tiers(dtype: torch.dtype, **sizes: Any) -> dict[str, str]:
-        return Run(device, draw_call(Case("call", **sizes), dtype), (0, 0)).tiers()
+    def sm80(dtype: torch.dtype, allow_tf32: bool = False, **sizes: Any) -> str:
+        call = draw_call(Case("call", **sizes), dtype)
+        tiers = Run(device, call, (0, 0), allow_tf32=allow_tf32).tiers()
+        assert tiers["simt"] == "+one kernel"
+        return tiers["sm80"]
 
-    assert tiers(torch.bfloat16) == {"sm80": "", "simt": ""}
-    assert tiers(torch.float32) == {"sm80": "it takes float16 and bfloat16", "simt": ""}
-    assert tiers(torch.float16, head_dim=20) == {"sm80": "head_dim and value_dim must be multiples of 8", "simt": ""}
-    assert tiers(torch.float16, value_dim=264) == {"sm80": "head_dim and value_dim must be at most 256", "simt": ""}
+    assert sm80(torch.bfloat16) == "+one kernel"
+    assert sm80(torch.float32, True) == "+one kernel, products in TF32"
+    assert sm80(torch.float64) == "it takes float16, bfloat16 and float32"
+    assert "allow_tf32 does not allow" in sm80(torch.float32)
+    assert sm80(torch.float16, head_dim=20) == "head_dim and value_dim must be multiples of 8"
+    assert sm80(torch.float32, True, value_dim=18) == "head_dim and value_dim must be multiples of 4"
+    assert sm80(torch.float16, value_dim=264) == "head_dim and value_dim must be at most 256"
+    assert sm80(torch.float32, True, value_dim=132) == "head_dim and value_dim must be at most 128 in TF32"
     shifted = draw_call(Case("call"), torch.float16)
     shifted.key = torch.randn(2, 2, 37, 20).half()[..., 4:]
     assert "multiples of 16 bytes" in Run(device, shifted, (0, 0)).tiers()["sm80"]
     device.force_tier("sm80")
     with pytest.raises(
-        KernelError, match="no CUDA kernel can serve this call .sm80: it takes float16 and bfloat16; simt"
+        KernelError, match="no CUDA kernel can serve this call .sm80: it takes float16, bfloat16 and float32; simt"
     ):
-        run_on(device, draw_call(Case("call"), torch.float32), (0, 0))
+        run_on(device, draw_call(Case("call"), torch.float64), (0, 0))
     with pytest.raises(KernelError, match="there is no CUDA tier named sm1"):
         device.force_tier("sm1")
 
@@ -174,43 +248,73 @@ def test_results_do_not_depend_on_the_schedule(tier: str, dtype: torch.dtype, de
         assert torch.equal(value, second[name]), name
 
 
-# A kernel in two or more steps of its pipeline, so that buffers are used again.
-KERNELS: dict[str, Callable[[Run], object]] = {
-    "forward": Run.forward,
-    "query_gradient": lambda run: run.backward(["query"]),
-    "key_value_gradient": lambda run: run.backward(["key", "value"]),
-}
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel, in so many steps of its pipeline that buffers are used again, and its barriers that guard nothing."""
+
+    name: str
+    tier: str
+    run: Callable[[Run], object]
+    redundant_block_barriers: frozenset[int] = frozenset()
+    redundant_warp_barriers: frozenset[int] = frozenset()
+    deterministic: bool = True
+    query_length: int = 200
+    key_length: int = 200
+
+    def __str__(self) -> str:
+        return f"{self.tier}-{self.name}"
 
 
-def unnoticed(device: Device, run: Run, kernel: str, fault: Fault, calls: int) -> list[int]:
+def query_gradient(run: Run) -> object:
+    return run.backward(["query"])
+
+
+def key_value_gradient(run: Run) -> object:
+    return run.backward(["key", "value"])
+
+
+FIRST = frozenset({0})
+KERNELS = [
+    # The first barrier guards buffers that nobody has used before.
+    Kernel("forward", "simt", Run.forward, FIRST),
+    Kernel("query_gradient", "simt", query_gradient, FIRST),
+    # Between its two products, its own barrier comes before the product's.
+    Kernel("key_value_gradient", "simt", key_value_gradient, frozenset({0, 9})),
+    # Before it stores its output, a block barrier has already ordered the warp.
+    Kernel("forward", "sm80", Run.forward, redundant_warp_barriers=FIRST),
+    Kernel("decode", "sm80", Run.forward, query_length=3, key_length=800),
+    Kernel("query_gradient", "sm80", query_gradient),
+    Kernel("key_value_gradient", "sm80", key_value_gradient),
+    Kernel("all_gradients", "sm80", Run.backward, redundant_warp_barriers=FIRST, deterministic=False),
+]
+BARRIERS = {"simt": 10, "sm80": 3}  # how many are tried: in simt's two products, and in one step and the next
+
+
+def unnoticed(device: Device, run: Run, kernel: Kernel, fault: Fault, calls: int) -> frozenset[int]:
     """Which of the first calls of a barrier or a wait a kernel can lose without the emulator noticing."""
     lost = []
     for i in range(calls):
-        device.configure(random_seed(), fault, i)
+        device.configure(random_seed(), fault, i, multiprocessors=1)
         try:
-            KERNELS[kernel](run)
+            kernel.run(run)
         except KernelError:
             continue
         lost.append(i)
-    return lost
+    return frozenset(lost)
 
 
 @needs_access_reports
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize(("tier", "dtype"), [("simt", torch.float32), ("sm80", torch.bfloat16)])
-def test_the_loss_of_any_barrier_or_wait_is_noticed(tier: str, dtype: torch.dtype, kernel: str, device: Device) -> None:
-    sizes = {"batch": 1, "heads": 1, "kv_heads": 1, "query_length": 200, "key_length": 200}
-    device.force_tier(tier)
-    run = Run(device, draw_call(Case("several_steps", **sizes), dtype), (0, 0))
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_the_loss_of_any_barrier_or_wait_is_noticed(kernel: Kernel, device: Device) -> None:
+    sizes = {"batch": 1, "heads": 1, "kv_heads": 1, "query_length": kernel.query_length}
+    case = Case("several_steps", **sizes, key_length=kernel.key_length)
+    device.force_tier(kernel.tier)
+    device.configure(multiprocessors=1)
+    dtype = torch.float32 if kernel.tier == "simt" else torch.bfloat16
+    run = Run(device, draw_call(case, dtype), (0, 0), deterministic=kernel.deterministic)
     run.forward()
-    if tier == "simt":
-        # The first barrier guards buffers that nobody has used before.
-        # Between its two products, key_value_gradient's own barrier comes before the product's.
-        redundant = {0, 9} if kernel == "key_value_gradient" else {0}
-        assert set(unnoticed(device, run, kernel, Fault.SKIP_BLOCK_BARRIER, 10)) == redundant
-    else:
-        assert unnoticed(device, run, kernel, Fault.SKIP_BLOCK_BARRIER, 4) == []
-        assert unnoticed(device, run, kernel, Fault.SKIP_COPY_WAIT, 4) == []
-        # Before the forward pass stores its output, a block barrier has already ordered the warp.
-        redundant = [0] if kernel == "forward" else []
-        assert unnoticed(device, run, kernel, Fault.SKIP_WARP_BARRIER, 2) == redundant
+    calls = BARRIERS[kernel.tier]
+    assert unnoticed(device, run, kernel, Fault.SKIP_BLOCK_BARRIER, calls) == kernel.redundant_block_barriers
+    if kernel.tier == "sm80":
+        assert unnoticed(device, run, kernel, Fault.SKIP_COPY_WAIT, calls) == frozenset()
+        assert unnoticed(device, run, kernel, Fault.SKIP_WARP_BARRIER, 2) == kernel.redundant_warp_barriers

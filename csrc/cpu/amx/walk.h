@@ -212,11 +212,12 @@ struct AmxWalk {
     }
     dots(keys.key_rows, block.query + offset * head_dim, head_dim, span, scores);
     float factor = stage.dot_factor();
-    if (stage.changes_elements() || span.has_edges()) {
+    if (stage.changes_elements(bias) || span.has_edges()) {
       modify_scores<float, kAmxVectors>(stage, bias, span.has_edges(), row, keys.key, span.begin, span.end, factor,
                                         scores, tile.scratch.derivative, nullptr);
       factor = 1;
     }
+    prefetch_next_bias(stage.mask_rows, block.row, block.rows, offset, kAmxLanes, keys.key, keys.keys);
     if (plan.needs_scores) dots(keys.value_rows, block.grad_out + offset * value_dim, value_dim, span, gradients);
     if (plan.needs_scores && !plan.needs_slopes && !stage.softcap && p.dropout_p == 0) {
       plain_half_tiles(span.begin, span.end, factor, scores, gradients, block.logsumexp + offset, block.delta + offset,

@@ -9,7 +9,7 @@ namespace {
 struct Variant {
   ScalarType dtype;
   int columns;
-  decltype(Tier::forward) forward;
+  void (*forward)(const AttentionProblem&, const ForwardOutputs&, const Stream&);
   decltype(Tier::query_gradient) query_gradient;
   decltype(Tier::key_value_gradient) key_value_gradient;
 };
@@ -27,13 +27,17 @@ const Variant& variant_for(ScalarType dtype, int64_t columns) {
   return *best;
 }
 
-std::string refusal(const Call& call) {
+Plan plan(const Call& call) {
+  Plan result;
+  result.form = call.backward ? "one kernel for grad_query, one for grad_key and grad_value" : "one kernel";
   for (const Variant& v : kVariants)
-    if (v.dtype == call.problem.dtype) return "";
-  return "it takes float64, float32, bfloat16 and float16";
+    if (v.dtype == call.problem.dtype) return result;
+  result.refusal = "it takes float64, float32, bfloat16 and float16";
+  return result;
 }
 
-void run_forward(const AttentionProblem& p, const ForwardOutputs& out, const Stream& stream) {
+void run_forward(const Call& call, const ForwardOutputs& out, void*, const Stream& stream) {
+  const AttentionProblem& p = call.problem;
   variant_for(p.dtype, p.value_dim).forward(p, out, stream);
 }
 void run_query_gradient(const AttentionProblem& p, const BackwardTensors& t, void* workspace, const Stream& stream) {
@@ -46,6 +50,6 @@ void run_key_value_gradient(const AttentionProblem& p, const BackwardTensors& t,
 
 }  // namespace
 
-const Tier kTier = {"simt", refusal, run_forward, run_query_gradient, run_key_value_gradient};
+const Tier kTier = {"simt", plan, run_forward, run_query_gradient, run_key_value_gradient, nullptr};
 
 }  // namespace torch_attn::cuda::simt

@@ -8,17 +8,19 @@
 namespace torch_attn::cuda::sm80 {
 
 // kM: groups of 16 rows a warp owns. kKeys: keys of a step. Both are bounded by registers: the output's accumulators
-// take kM · kDim / 2 of the 255, the scores kM · kKeys / 2, and a full kernel's options some more.
-template <int kDim, bool kFull>
+// take kM · kDim / 2 of the 255, the scores kM · kKeys / 2, and a full kernel's options some more; those of float by
+// shared memory, too.
+template <class T, int kDim, bool kFull>
 struct ForwardShape {
-  static constexpr int kM = kDim <= (kFull ? 64 : 128) ? 2 : 1;
-  static constexpr int kKeys = kDim == (kFull ? 128 : 64) ? 64 : 32;
+  static constexpr bool kWide = sizeof(T) == 4;
+  static constexpr int kM = kDim <= (kFull || kWide ? 64 : 128) ? 2 : 1;
+  static constexpr int kKeys = !kWide && kDim == (kFull ? 128 : 64) ? 64 : 32;
   static constexpr int kRows = 16 * kM * kWarps;
 };
 
 template <class T, int kDim, bool kFull>
 struct ForwardShared {
-  using Shape = ForwardShape<kDim, kFull>;
+  using Shape = ForwardShape<T, kDim, kFull>;
   Tile<T, Shape::kRows, kDim> query;
   Tile<T, Shape::kKeys, kDim> key[2], value[2];
 };
@@ -26,7 +28,7 @@ struct ForwardShared {
 template <class T, int kDim, bool kFull>
 __global__ void __launch_bounds__(kThreads)
     forward_kernel(const __grid_constant__ AttentionProblem p, const __grid_constant__ ForwardOutputs out) {
-  using Shape = ForwardShape<kDim, kFull>;
+  using Shape = ForwardShape<T, kDim, kFull>;
   using Softmax = OnlineSoftmax<Math<float>>;
   constexpr int kM = Shape::kM, kKeys = Shape::kKeys, kGroups = kKeys / 8;
   TA_DYNAMIC_SHARED(memory);
@@ -168,7 +170,8 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T, int kDim, bool kFull>
 void forward(const AttentionProblem& p, const ForwardOutputs& out, const Stream& stream) {
-  const int64_t tiles = (p.query_length + ForwardShape<kDim, kFull>::kRows - 1) / ForwardShape<kDim, kFull>::kRows;
+  constexpr int kRows = ForwardShape<T, kDim, kFull>::kRows;
+  const int64_t tiles = (p.query_length + kRows - 1) / kRows;
   launch(forward_kernel<T, kDim, kFull>, p.batch * p.heads * tiles, kThreads, sizeof(ForwardShared<T, kDim, kFull>),
          stream, p, out);
 }

@@ -9,16 +9,16 @@
 namespace torch_attn::cuda::sm80 {
 
 // kStep: keys of a step here, query rows of a step in key_value_gradient.cuh.
-template <int kDim>
+template <class T, int kDim>
 struct BackwardShape {
   static constexpr int kRows = 16 * kWarps;
-  static constexpr int kStep = kDim <= 64 ? 64 : 32;
+  static constexpr int kStep = kDim * sizeof(T) <= 128 ? 64 : 32;
 };
 
 // What a block keeps (two tiles of kRows) and what it streams (two pairs of tiles of kStep).
 template <class T, int kDim>
 struct BackwardShared {
-  using Shape = BackwardShape<kDim>;
+  using Shape = BackwardShape<T, kDim>;
   struct Pair {
     Tile<T, Shape::kStep, kDim> dots, grads;  // the operands of q·k and of grad_out · value
   };
@@ -30,7 +30,7 @@ template <class T, int kDim, bool kFull>
 __global__ void __launch_bounds__(kThreads)
     query_gradient_kernel(const __grid_constant__ AttentionProblem p, const __grid_constant__ BackwardTensors t,
                           const RowStatistics<float> statistics) {
-  using Shape = BackwardShape<kDim>;
+  using Shape = BackwardShape<T, kDim>;
   constexpr int kGroups = Shape::kStep / 8;
   TA_DYNAMIC_SHARED(memory);
   auto& shared = *reinterpret_cast<BackwardShared<T, kDim>*>(memory);
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T, int kDim, bool kFull>
 void query_gradient(const AttentionProblem& p, const BackwardTensors& t, void* workspace, const Stream& stream) {
-  const int64_t tiles = (p.query_length + BackwardShape<kDim>::kRows - 1) / BackwardShape<kDim>::kRows;
+  const int64_t tiles = (p.query_length + BackwardShape<T, kDim>::kRows - 1) / BackwardShape<T, kDim>::kRows;
   launch(query_gradient_kernel<T, kDim, kFull>, p.batch * p.heads * tiles, kThreads, sizeof(BackwardShared<T, kDim>),
          stream, p, t, RowStatistics<float>(p, workspace));
 }

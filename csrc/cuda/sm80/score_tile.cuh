@@ -39,14 +39,19 @@ TA_DEVICE float full_score(const HeadScore<float>& score, float capped, int64_t 
 
 // Dropout bits of one accumulator fragment whose rows are queries and columns keys: bit 2 · half + e for element
 // (half, e). The four keys of a Philox call belong to two lanes, which hold two rows each: each lane makes the call of
-// one row and hands it to the other.
-TA_DEVICE uint32_t kept_of_query_rows(const HeadScore<float>& score, int64_t row, int64_t key) {
+// one row, half `lane % 2`, and hands it to the other. `row` and `dropout_head` are that row's.
+TA_DEVICE uint32_t kept_of_query_rows(const Dropout& dropout, int64_t dropout_head, int64_t row, int64_t key) {
   const int odd = lane_index() & 1;
   const int64_t group = key / Dropout::kKeysPerCall + lane_index() % 4 / 2;
-  const uint32_t mine = kept_keys(score.dropout, score.dropout_head, row + lane_index() / 4 + 8 * odd, group);
+  const uint32_t mine = kept_keys(dropout, dropout_head, row, group);
   const uint32_t other = __shfl_xor_sync(~0u, mine, 1);
   const uint32_t first = odd ? other : mine, second = odd ? mine : other;
   return (first >> 2 * odd & 3) | (second >> 2 * odd & 3) << 2;
+}
+
+// The same for the rows of one head, of which the fragment's first is `row`.
+TA_DEVICE uint32_t kept_of_query_rows(const HeadScore<float>& score, int64_t row, int64_t key) {
+  return kept_of_query_rows(score.dropout, score.dropout_head, row + lane_index() / 4 + 8 * (lane_index() & 1), key);
 }
 
 // The same where rows are keys and columns queries. The four keys of a call belong to four lanes, which hold four

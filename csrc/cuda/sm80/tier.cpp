@@ -1,6 +1,9 @@
-// The tensor-core tier for sm_80 and newer: float16 and bfloat16, 16-byte aligned, head dimensions up to 256.
+// The tensor-core tier for sm_80 and newer: float16, bfloat16 and, where TF32 is allowed, float32; 16-byte aligned,
+// with rows of up to 512 bytes.
 #include "../tier.h"
 
+#include "key_splits.h"
+#include "query_sums.h"
 #include "variants.h"
 
 namespace torch_attn::cuda::sm80 {
@@ -10,19 +13,41 @@ struct Variant {
   ScalarType dtype;
   int dim;
   bool full;
-  decltype(Tier::forward) forward;
+  void (*forward)(const AttentionProblem&, const ForwardOutputs&, const Stream&);
+  void (*decode)(const AttentionProblem&, int splits, void* workspace, const Stream&);
+  void (*combine)(const AttentionProblem&, const ForwardOutputs&, int splits, void* workspace, const Stream&);
   decltype(Tier::query_gradient) query_gradient;
   decltype(Tier::key_value_gradient) key_value_gradient;
 };
 
-#define TA_KIND(T, DIM, FULL) \
-  {kScalarType<T>, DIM, FULL, forward<T, DIM, FULL>, query_gradient<T, DIM, FULL>, key_value_gradient<T, DIM, FULL>},
+#define TA_KIND(T, DIM, FULL)    \
+  {kScalarType<T>,               \
+   DIM,                          \
+   FULL,                         \
+   forward<T, DIM, FULL>,        \
+   decode<T, DIM, FULL>,         \
+   combine<T>,                   \
+   query_gradient<T, DIM, FULL>, \
+   key_value_gradient<T, DIM, FULL>},
 #define TA_VARIANT(T, DIM) TA_KIND(T, DIM, false) TA_KIND(T, DIM, true)
 constexpr Variant kVariants[] = {TA_SM80_VARIANTS(TA_VARIANT)};
 #undef TA_VARIANT
 #undef TA_KIND
 
+struct FusedVariant {
+  ScalarType dtype;
+  int dim;
+  bool full;
+  decltype(Tier::all_gradients) all_gradients;
+};
+
+#define TA_VARIANT(T, DIM) \
+  {kScalarType<T>, DIM, false, all_gradients<T, DIM, false>}, {kScalarType<T>, DIM, true, all_gradients<T, DIM, true>},
+constexpr FusedVariant kFusedVariants[] = {TA_SM80_FUSED_VARIANTS(TA_VARIANT)};
+#undef TA_VARIANT
+
 int64_t widest(const AttentionProblem& p) { return p.head_dim > p.value_dim ? p.head_dim : p.value_dim; }
+int element_bytes(const AttentionProblem& p) { return p.dtype == ScalarType::kFloat32 ? 4 : 2; }
 
 // The narrowest variant that serves the problem, or null. Plain kernels fold the scale into the running maximum, so
 // they need a positive one.
@@ -34,49 +59,117 @@ const Variant* variant_for(const AttentionProblem& p, bool full) {
   return best;
 }
 
-constexpr int kPiece = 8;  // elements of 16 bytes
+// The one of the same type and width as the two kernels' would be, or null.
+const FusedVariant* fused_variant_for(const AttentionProblem& p) {
+  const Variant* variant = variant_for(p, false);
+  for (const FusedVariant& v : kFusedVariants)
+    if (v.dtype == variant->dtype && v.dim == variant->dim && v.full == variant->full) return &v;
+  return nullptr;
+}
 
-bool is_aligned(const TensorView& view) {
+bool is_aligned(const TensorView& view, int piece) {
   bool aligned = reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
-  for (int dimension = 0; dimension < 3; ++dimension) aligned = aligned && view.stride[dimension] % kPiece == 0;
+  for (int dimension = 0; dimension < 3; ++dimension) aligned = aligned && view.stride[dimension] % piece == 0;
   return aligned;
 }
 
+// sm_86, sm_89 and sm_12x have 99 KiB of shared memory in a block; kernels with the widest rows need more.
+bool has_small_shared_memory(const Call& call) {
+  const int sm = call.device.compute_capability;
+  return sm == 86 || sm == 89 || sm / 10 == 12;
+}
+bool has_wide_rows(const AttentionProblem& p) { return variant_for(p, false)->dim * element_bytes(p) > 256; }
+
 std::string refusal(const Call& call) {
   const AttentionProblem& p = call.problem;
-  if (call.compute_capability < 80) return "it needs compute capability 8.0";
-  if (p.dtype != ScalarType::kFloat16 && p.dtype != ScalarType::kBFloat16) return "it takes float16 and bfloat16";
-  if (p.head_dim % kPiece || p.value_dim % kPiece || p.head_dim == 0 || p.value_dim == 0)
-    return "head_dim and value_dim must be multiples of 8";
-  if (!variant_for(p, false)) return "head_dim and value_dim must be at most 256";
-  // sm_86, sm_89 and sm_12x have 99 KiB of shared memory in a block; the widest gradient kernels need 128.
-  const int sm = call.compute_capability;
-  const bool small_shared_memory = sm == 86 || sm == 89 || sm / 10 == 12;
-  if (call.backward && small_shared_memory && widest(p) > 128)
-    return "this GPU's shared memory is too small for gradients of head dimensions above 128";
-  if (!is_aligned(p.query) || !is_aligned(p.key) || !is_aligned(p.value))
+  const bool is_float32 = p.dtype == ScalarType::kFloat32;
+  if (call.device.compute_capability < 80) return "it needs compute capability 8.0";
+  if (p.dtype != ScalarType::kFloat16 && p.dtype != ScalarType::kBFloat16 && !is_float32)
+    return "it takes float16, bfloat16 and float32";
+  if (is_float32 && !p.allow_tf32)
+    return "its float32 products are of TF32, which torch.backends.cuda.matmul.allow_tf32 does not allow";
+  const int piece = 16 / element_bytes(p);
+  if (p.head_dim % piece || p.value_dim % piece || p.head_dim == 0 || p.value_dim == 0)
+    return "head_dim and value_dim must be multiples of " + std::to_string(piece);
+  if (!variant_for(p, false))
+    return std::string("head_dim and value_dim must be at most ") + (is_float32 ? "128 in TF32" : "256");
+  if (call.backward && has_small_shared_memory(call) && has_wide_rows(p))
+    return "this GPU's shared memory is too small for gradients of head dimensions above " +
+           std::to_string(256 / element_bytes(p));
+  if (!is_aligned(p.query, piece) || !is_aligned(p.key, piece) || !is_aligned(p.value, piece))
     return "query, key and value must start at, and have strides of, multiples of 16 bytes";
   if (const BackwardTensors* t = call.backward) {
-    if (!is_aligned(t->grad_out) || !is_aligned(t->grad_query) || !is_aligned(t->grad_key) ||
-        !is_aligned(t->grad_value))
+    if (!is_aligned(t->grad_out, piece) || !is_aligned(t->grad_query, piece) || !is_aligned(t->grad_key, piece) ||
+        !is_aligned(t->grad_value, piece))
       return "grad_out and the gradients must start at, and have strides of, multiples of 16 bytes";
   }
   return "";
 }
 
-void run_forward(const AttentionProblem& p, const ForwardOutputs& out, const Stream& stream) {
-  variant_for(p, false)->forward(p, out, stream);
+// 0: one block has all keys of its rows.
+int splits_for(const Call& call) {
+  const bool wide = has_wide_rows(call.problem);
+  if (wide && has_small_shared_memory(call)) return 0;
+  return key_splits(call.problem, call.device.multiprocessors * (wide ? 1 : 2));
 }
-void run_query_gradient(const AttentionProblem& p, const BackwardTensors& t, void* workspace, const Stream& stream) {
-  variant_for(p, t.grad_alibi_slopes != nullptr)->query_gradient(p, t, workspace, stream);
+
+// One kernel leaves alibi_slopes' gradient out, and gains nothing where only one of the two would run.
+bool is_fused(const Call& call) {
+  const BackwardTensors& t = *call.backward;
+  const AttentionProblem& p = call.problem;
+  if (t.deterministic || !t.grad_query.defined() || t.grad_alibi_slopes) return false;
+  if (!t.grad_key.defined() && !t.grad_value.defined()) return false;
+  const FusedVariant* variant = fused_variant_for(p);
+  if (!variant || (variant->dim > 64 && has_small_shared_memory(call))) return false;
+  return is_fused_faster(p, call.device.multiprocessors);
 }
-void run_key_value_gradient(const AttentionProblem& p, const BackwardTensors& t, void* workspace,
+
+Plan plan(const Call& call) {
+  Plan result;
+  result.refusal = refusal(call);
+  if (!result.refusal.empty()) return result;
+  const AttentionProblem& p = call.problem;
+  const std::string products = p.dtype == ScalarType::kFloat32 ? ", products in TF32" : "";
+  if (call.backward && is_fused(call)) {
+    result.form = "one kernel for grad_query, grad_key and grad_value, which adds with atomics";
+    result.fused_gradients = true;
+    result.workspace_bytes = QuerySums::bytes(p, fused_variant_for(p)->dim);
+  } else if (call.backward) {
+    result.form = "one kernel for grad_query, one for grad_key and grad_value" + products;
+  } else if (const int splits = splits_for(call)) {
+    result.form = "query heads of a group together, their keys in " + std::to_string(splits) + " parts" + products;
+    result.workspace_bytes = Partials::bytes(p, splits);
+  } else {
+    result.form = "one kernel" + products;
+  }
+  return result;
+}
+
+void run_forward(const Call& call, const ForwardOutputs& out, void* workspace, const Stream& stream) {
+  const AttentionProblem& p = call.problem;
+  const Variant& variant = *variant_for(p, false);
+  if (const int splits = splits_for(call)) {
+    variant.decode(p, splits, workspace, stream);
+    variant.combine(p, out, splits, workspace, stream);
+  } else {
+    variant.forward(p, out, stream);
+  }
+}
+void run_query_gradient(const AttentionProblem& p, const BackwardTensors& t, void* statistics, const Stream& stream) {
+  variant_for(p, t.grad_alibi_slopes != nullptr)->query_gradient(p, t, statistics, stream);
+}
+void run_key_value_gradient(const AttentionProblem& p, const BackwardTensors& t, void* statistics,
                             const Stream& stream) {
-  variant_for(p, false)->key_value_gradient(p, t, workspace, stream);
+  variant_for(p, false)->key_value_gradient(p, t, statistics, stream);
+}
+
+void run_all_gradients(const AttentionProblem& p, const BackwardTensors& t, void* statistics, void* workspace,
+                       const Stream& stream) {
+  fused_variant_for(p)->all_gradients(p, t, statistics, workspace, stream);
 }
 
 }  // namespace
 
-const Tier kTier = {"sm80", refusal, run_forward, run_query_gradient, run_key_value_gradient};
+const Tier kTier = {"sm80", plan, run_forward, run_query_gradient, run_key_value_gradient, run_all_gradients};
 
 }  // namespace torch_attn::cuda::sm80

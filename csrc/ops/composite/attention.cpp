@@ -1,5 +1,4 @@
-// torch_attn::attention and attention_with_logsumexp: bring what a user passes (any leading dimensions, broadcasting)
-// to the four dimensions of attention_forward, and the result back. ATen operators only, so every transform applies.
+// torch_attn::attention and attention_with_logsumexp: what users call, by attention_forward.
 #include "ops/composite/canonical.h"
 #include "ops/operators.h"
 

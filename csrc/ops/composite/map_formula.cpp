@@ -54,7 +54,8 @@ MapBackwardResult backward_of(const Weights& weights, const Tensor& w, const Opt
   Tensor row_term = (weights.weights * w).sum(-1, /*keepdim=*/true);
   if (is_defined(grad_logsumexp)) row_term = row_term - grad_logsumexp->unsqueeze(-1).masked_fill(weights.is_empty, 0);
   const Tensor grad_scores = weights.weights * (w - row_term);
-  return without_value(gradients_of_scores(weights, grad_scores, row_term, options, with_value(output_mask)));
+  return without_value(
+      gradients_of_scores(weights, grad_scores, weights.sink_gradient(row_term), options, with_value(output_mask)));
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/logsumexp.h>
 #include <ATen/ops/matmul.h>
+#include <ATen/ops/rsub.h>
 #include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/softmax.h>
 #include <ATen/ops/tanh.h>
@@ -16,6 +17,7 @@
 #include "core/dropout.h"
 #include "ops/check.h"
 #include "ops/operators.h"
+#include "ops/outputs.h"
 
 namespace torch_attn::ops::composite {
 namespace {
@@ -107,7 +109,7 @@ Weights compute_weights(const ForwardArguments& a, const Tensor& rng_state, cons
 
   // A softmax over nothing but -inf is NaN, and so are its derivatives: put 0 in such rows before, the results after.
   w.is_empty = (logits == -kInfinity).all(-1, /*keepdim=*/true);
-  logits = logits.masked_fill(w.is_empty, 0);
+  w.logits = logits = logits.masked_fill(w.is_empty, 0);
   w.logsumexp = at::logsumexp(logits, {-1}, /*keepdim=*/true).masked_fill(w.is_empty, -kInfinity);
   w.weights = at::softmax(logits, -1).masked_fill(w.is_empty, 0);
   if (is_defined(o.sinks)) {

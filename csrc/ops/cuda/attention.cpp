@@ -1,11 +1,14 @@
-// The CUDA kernels as operators. Needs no CUDA header and no CUDA build of PyTorch: the stream and the device come from
-// c10's virtual guard. Empty in a build without nvcc.
+// The CUDA kernels as operators. What PyTorch's user may have asked of matrix products, TF32 and determinism, is asked
+// of these, too. Needs no CUDA header and no CUDA build of PyTorch: the stream and the device come from c10's virtual
+// guard. Empty in a build without nvcc.
 #if defined(TORCH_ATTN_WITH_CUDA)
 
+#include <ATen/Context.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include "cuda/kernels.h"
+#include "ops/cuda/precision.h"
 #include "ops/kernel_call.h"
 #include "ops/operators.h"
 
@@ -18,19 +21,28 @@ cuda::Stream current_stream(const Tensor& tensor) {
   return {device.index(), c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle()};
 }
 
+Tensor workspace_of(size_t bytes, const Tensor& like) {
+  return at::empty({static_cast<int64_t>(bytes)}, like.options().dtype(at::kByte));
+}
+
 ForwardResult attention_forward_cuda(const ForwardArguments& a) {
   const c10::DeviceGuard guard(a.query.device());
-  return run_forward(a, [&](const AttentionProblem& p, const ForwardOutputs& outputs) {
-    cuda::attention_forward(p, outputs, current_stream(a.query));
+  return run_forward(a, [&](const AttentionProblem& problem, const ForwardOutputs& outputs) {
+    const AttentionProblem p = with_precision_of_matmul(problem);
+    const cuda::Stream stream = current_stream(a.query);
+    const Tensor workspace = workspace_of(cuda::forward_workspace_bytes(p, stream), a.query);
+    cuda::attention_forward(p, outputs, workspace.mutable_data_ptr(), stream);
   });
 }
 
 BackwardResult attention_backward_cuda(const BackwardArguments& a) {
   const c10::DeviceGuard guard(a.query.device());
-  return run_backward(a, [&](const AttentionProblem& p, const BackwardTensors& tensors) {
-    const int64_t bytes = static_cast<int64_t>(cuda::backward_workspace_bytes(p));
-    const Tensor workspace = at::empty({bytes}, a.query.options().dtype(at::kByte));
-    cuda::attention_backward(p, tensors, workspace.mutable_data_ptr(), current_stream(a.query));
+  return run_backward(a, [&](const AttentionProblem& problem, BackwardTensors tensors) {
+    tensors.deterministic = at::globalContext().deterministicAlgorithms();
+    const AttentionProblem p = with_precision_of_matmul(problem);
+    const cuda::Stream stream = current_stream(a.query);
+    const Tensor workspace = workspace_of(cuda::backward_workspace_bytes(p, tensors, stream), a.query);
+    cuda::attention_backward(p, tensors, workspace.mutable_data_ptr(), stream);
   });
 }
 

@@ -1,4 +1,4 @@
-// Which lane holds which element is from the PTX ISA, "Matrix fragments for mma.m16n8k16" and "ldmatrix".
+// Which lane holds which element is from the PTX ISA, "Matrix fragments for mma.m16n8k16", "… m16n8k8", "ldmatrix".
 #include "matrix.h"
 
 #include <cstring>
@@ -32,8 +32,21 @@ struct MultiplyArgument {
   uint32_t b[2];
 };
 
+// d += left · right, for d in the lanes' layout.
+template <int kDepth>
+void multiply(MultiplyArgument** lanes, const float (&left)[16][kDepth], const float (&right)[kDepth][8]) {
+  float sum[16][8];
+  for (int lane = 0; lane < kWarpSize; ++lane)
+    for (int i = 0; i < 4; ++i) sum[lane / 4 + 8 * (i >> 1)][2 * (lane % 4) + (i & 1)] = lanes[lane]->d[i];
+  for (int m = 0; m < 16; ++m)
+    for (int k = 0; k < kDepth; ++k)
+      for (int n = 0; n < 8; ++n) sum[m][n] += left[m][k] * right[k][n];
+  for (int lane = 0; lane < kWarpSize; ++lane)
+    for (int i = 0; i < 4; ++i) lanes[lane]->d[i] = sum[lane / 4 + 8 * (i >> 1)][2 * (lane % 4) + (i & 1)];
+}
+
 void multiply_warp(Half type, MultiplyArgument** lanes) {
-  float left[16][16], right[16][8], sum[16][8];
+  float left[16][16], right[16][8];
   for (int lane = 0; lane < kWarpSize; ++lane) {
     const MultiplyArgument& x = *lanes[lane];
     const int group = lane / 4, pair = 2 * (lane % 4);
@@ -41,13 +54,26 @@ void multiply_warp(Half type, MultiplyArgument** lanes) {
       for (int e = 0; e < 2; ++e) left[group + 8 * (i & 1)][pair + e + 8 * (i >> 1)] = decode(type, x.a[i] >> 16 * e);
     for (int i = 0; i < 2; ++i)
       for (int e = 0; e < 2; ++e) right[pair + e + 8 * i][group] = decode(type, x.b[i] >> 16 * e);
-    for (int i = 0; i < 4; ++i) sum[group + 8 * (i >> 1)][pair + (i & 1)] = x.d[i];
   }
-  for (int m = 0; m < 16; ++m)
-    for (int k = 0; k < 16; ++k)
-      for (int n = 0; n < 8; ++n) sum[m][n] += left[m][k] * right[k][n];
-  for (int lane = 0; lane < kWarpSize; ++lane)
-    for (int i = 0; i < 4; ++i) lanes[lane]->d[i] = sum[lane / 4 + 8 * (i >> 1)][2 * (lane % 4) + (i & 1)];
+  multiply(lanes, left, right);
+}
+
+float decode_tf32(uint32_t bits) {
+  bits &= ~0x1FFFu;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+void multiply_warp_tf32(MultiplyArgument** lanes) {
+  float left[16][8], right[8][8];
+  for (int lane = 0; lane < kWarpSize; ++lane) {
+    const MultiplyArgument& x = *lanes[lane];
+    const int group = lane / 4, t = lane % 4;
+    for (int i = 0; i < 4; ++i) left[group + 8 * (i & 1)][t + 4 * (i >> 1)] = decode_tf32(x.a[i]);
+    for (int i = 0; i < 2; ++i) right[t + 4 * i][group] = decode_tf32(x.b[i]);
+  }
+  multiply(lanes, left, right);
 }
 
 }  // namespace
@@ -77,6 +103,11 @@ void multiply_accumulate_16x8x16(Half type, float (&d)[4], const uint32_t (&a)[4
   MultiplyArgument argument{d, a, {b0, b1}};
   warp_collective(type == Half::kFloat16 ? "mma.m16n8k16.f16" : "mma.m16n8k16.bf16", ~0u, argument,
                   [type](MultiplyArgument** lanes) { multiply_warp(type, lanes); });
+}
+
+void multiply_accumulate_16x8x8(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  MultiplyArgument argument{d, a, {b0, b1}};
+  warp_collective("mma.m16n8k8.tf32", ~0u, argument, multiply_warp_tf32);
 }
 
 }  // namespace emulation

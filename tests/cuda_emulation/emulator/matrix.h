@@ -14,4 +14,7 @@ void load_matrices(uint32_t (&result)[4], const void* row, bool transpose);
 // d (16x8, float) += a (16x16) · b (16x8).
 void multiply_accumulate_16x8x16(Half type, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
+// d (16x8, float) += a (16x8) · b (8x8), of whose numbers only the bits of TF32 are read.
+void multiply_accumulate_16x8x8(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+
 }  // namespace emulation

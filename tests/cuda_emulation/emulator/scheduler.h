@@ -31,6 +31,7 @@ struct Options {
   uint64_t seed = 0;  // 0: threads run in turn; otherwise a random ready thread runs next
   Fault fault = Fault::kNone;
   int fault_call = 0;
+  int multiprocessors = 108;  // what the device says of itself
 };
 extern Options options;
 

@@ -1,3 +1,4 @@
 #include "variant.cuh"
 
 TA_INSTANTIATE_SM80(BFloat16, 128)
+TA_INSTANTIATE_SM80_FUSED(BFloat16, 128)

@@ -1,3 +1,4 @@
 #include "variant.cuh"
 
 TA_INSTANTIATE_SM80(Float16, 128)
+TA_INSTANTIATE_SM80_FUSED(Float16, 128)

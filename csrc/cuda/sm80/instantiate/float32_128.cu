@@ -1,0 +1,3 @@
+#include "variant.cuh"
+
+TA_INSTANTIATE_SM80(float, 128)

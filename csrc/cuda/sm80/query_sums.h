@@ -1,0 +1,37 @@
+// The memory in which all_gradients.cuh adds up grad_query, and when that kernel is the one to use. Plain C++, for
+// tier.cpp, too.
+#pragma once
+
+#include "../kernels.h"
+
+namespace torch_attn::cuda::sm80 {
+
+// float32, for each 16 rows of a head and each 8 columns the 128 elements in the order of an accumulator: first element
+// 0 of all lanes, then element 1, and so on. A warp adds 32 neighbours at a time.
+struct QuerySums {
+  static constexpr int kRows = 64;  // a head's rows are padded to a multiple of it
+
+  static int64_t tiles(const AttentionProblem& p) { return (p.query_length + kRows - 1) / kRows; }
+  static size_t bytes(const AttentionProblem& p, int dim) {
+    return static_cast<size_t>(p.batch * p.heads * tiles(p) * kRows * dim) * sizeof(float);
+  }
+};
+
+constexpr int kFusedKeys = 128;  // keys of a block
+
+// In matrix products of rows x keys x dim, each divided by the share of the multiprocessors that its blocks reach, one
+// kernel takes 5; query_gradient 3 and key_value_gradient 4, since both compute scores and their gradients again.
+// Atomics are not counted: a float32 sum for every query row, column and block of keys.
+inline bool is_fused_faster(const AttentionProblem& p, int multiprocessors) {
+  const auto share = [multiprocessors](int64_t heads, int64_t length, int64_t of_block) {
+    const double blocks = static_cast<double>(heads * ((length + of_block - 1) / of_block));
+    return blocks < multiprocessors ? blocks / multiprocessors : 1.0;
+  };
+  const int64_t kv_heads = p.batch * p.kv_heads;
+  if (kv_heads * p.key_length * p.query_length == 0) return false;
+  const double one = 5 / share(kv_heads, p.key_length, kFusedKeys);
+  const double two = 3 / share(p.batch * p.heads, p.query_length, 64) + 4 / share(kv_heads, p.key_length, 64);
+  return one <= two;
+}
+
+}  // namespace torch_attn::cuda::sm80
