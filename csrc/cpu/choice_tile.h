@@ -135,7 +135,7 @@ TA_NOINLINE void race(const ChoiceTile<Real>& tile, const SelectionNoise& noise,
         const Vec<Real> sum = load(group_sums + group * width + lane);
         const Vec<Real> time = exponential_of(words, word) / sum;
         const IntVec<Real> leads = time < best;
-        if (!any_lane(leads)) continue;
+        if (lane_bits(leads) == 0) continue;
         const int64_t begin = larger(group * group_keys, tile.begin);
         const int64_t end = smaller((group + 1) * group_keys, tile.end);
         const IntVec<Real> member =
@@ -158,7 +158,7 @@ template <class Real>
 TA_INLINE void insert(const Leaders<Real>& leaders, int64_t lane, Vec<Real> value, Vec<Real> score,
                       IntVec<Real> index) {
   const int64_t last = leaders.places - 1;
-  if (!any_lane(value > load(leaders.lead + last * leaders.lanes + lane))) return;
+  if (lane_bits(value > load(leaders.lead + last * leaders.lanes + lane)) == 0) return;
   IntVec<Real> inserted{};
   for (int64_t place = 0; place < leaders.places; ++place) {
     Real *lead = leaders.lead + place * leaders.lanes + lane, *scores = leaders.score + place * leaders.lanes + lane;

@@ -5,6 +5,7 @@
 #include "../core/map_statistics.h"
 #include "map_kernels.h"
 #include "mask_gradient.h"
+#include "query_block.h"
 #include "top_keys.h"
 #include "weight_tile.h"
 
@@ -104,12 +105,11 @@ struct StatisticsKernel {
                 row,
                 rows,
                 panels,
-                scratch.take<Real>(panels.lanes * p.head_dim),
+                load_query_panels<Real>(p, batch, head, row, rows, panels, scratch),
                 scratch.take<Real>(kStatisticsKeys * kMaxVectors * kLanes<Real>),
                 StatisticsLanes<Real>(panels.lanes, scratch),
                 TopKeys<Real>(outputs.top_k, panels.lanes, scratch),
                 TileScratch<Real>(p, scratch)};
-    load_query(block, scratch);
     Real* key_scratch = scratch.take<Real>(kStatisticsKeys * p.head_dim);
     const ScoreStage<Real> stage(p, batch, head);
     const KeyRange range = stage.band.keys_of_any(row, row + rows);
@@ -123,16 +123,6 @@ struct StatisticsKernel {
       }
     }
     finish(block);
-  }
-
-  void load_query(const Block& block, Scratch& scratch) const {
-    Real* memory = scratch.take<Real>(block.rows * round_up(p.head_dim, kLanes<Real>));
-    const Rows<Real> rows = padded_rows(p.query, block.batch, block.head, block.row, block.rows, p.head_dim, memory);
-    for (int i = 0; i < block.panels.count; ++i) {
-      const int64_t offset = block.panels.offset[i];
-      pack_panel(block.query + offset * p.head_dim, block.panels.vectors[i] * kLanes<Real>,
-                 rows.data + offset * rows.stride, rows.stride, block.rows - offset, p.head_dim);
-    }
   }
 
   template <int kVectors>

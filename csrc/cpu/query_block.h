@@ -1,5 +1,5 @@
-// How a forward pass cuts the query rows into blocks, and a block's rows as panels. Included by forward.h and
-// select_keys.h.
+// How a forward pass cuts the query rows into blocks, and a block's rows as panels. Included by forward.h,
+// select_keys.h and map_statistics.h.
 #pragma once
 
 #include "pack.h"

@@ -33,9 +33,9 @@ struct TopKeys {
       Real* bound = lowest + offset + n * n_lanes;
       for (int64_t j = begin; j < end; ++j) {
         const Real* newcomers = tile + j * width + n * n_lanes;
-        if (!any_lane(load(newcomers) > load(bound))) continue;
-        for (int i = 0; i < n_lanes; ++i) {
-          if (newcomers[i] > bound[i]) insert(offset + n * n_lanes + i, newcomers[i], key + j);
+        for (unsigned bits = lane_bits(load(newcomers) > load(bound)); bits != 0; bits &= bits - 1) {
+          const int i = __builtin_ctz(bits);
+          insert(offset + n * n_lanes + i, newcomers[i], key + j);
         }
       }
     }

@@ -122,19 +122,31 @@ TA_INLINE Vec<double> max(Vec<double> a, Vec<double> b) {
 #endif
 }
 
-// Whether a comparison holds in any lane.
-template <class Int>
-TA_INLINE bool any_lane(Int comparison) {
+// The lanes in which a comparison holds, as bits.
+TA_INLINE unsigned lane_bits(IntVec<float> comparison) {
 #if defined(__AVX512F__)
-  return _mm512_test_epi32_mask((__m512i)comparison, (__m512i)comparison) != 0;
+  return _mm512_movepi32_mask((__m512i)comparison);
 #elif defined(__AVX2__)
-  return !_mm256_testz_si256((__m256i)comparison, (__m256i)comparison);
+  return static_cast<unsigned>(_mm256_movemask_ps((__m256)comparison));
 #elif defined(__x86_64__)
-  return _mm_movemask_epi8((__m128i)comparison) != 0;
+  return static_cast<unsigned>(_mm_movemask_ps((__m128)comparison));
 #else
-  bool any = false;
-  for (unsigned i = 0; i < sizeof(Int) / sizeof(comparison[0]); ++i) any |= comparison[i] != 0;
-  return any;
+  unsigned bits = 0;
+  for (int i = 0; i < kLanes<float>; ++i) bits |= (comparison[i] != 0 ? 1u : 0u) << i;
+  return bits;
+#endif
+}
+TA_INLINE unsigned lane_bits(IntVec<double> comparison) {
+#if defined(__AVX512F__)
+  return _mm512_movepi64_mask((__m512i)comparison);
+#elif defined(__AVX2__)
+  return static_cast<unsigned>(_mm256_movemask_pd((__m256d)comparison));
+#elif defined(__x86_64__)
+  return static_cast<unsigned>(_mm_movemask_pd((__m128d)comparison));
+#else
+  unsigned bits = 0;
+  for (int i = 0; i < kLanes<double>; ++i) bits |= (comparison[i] != 0 ? 1u : 0u) << i;
+  return bits;
 #endif
 }
 
