@@ -40,7 +40,7 @@ demo: build
 	$(BIN)/python examples/digits_vit/demo.py
 
 clean:
-	rm -rf build torch_attn.egg-info torch_attn/lib torch_attn/share examples/digits_vit/out $(VENV)/.built $(VENV)/.installed
+	rm -rf build torch_attn.egg-info torch_attn/lib torch_attn/share examples/*/out $(VENV)/.built $(VENV)/.installed
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
