@@ -1,5 +1,6 @@
 // The C interface through which emulation.py runs kernels: every call returns 0, or 1 and leaves a sentence in
 // emulation_error(). Tensors live in the emulated device's memory.
+#include <algorithm>
 #include <exception>
 #include <string>
 
@@ -85,13 +86,19 @@ int emulation_keep_mask(const torch_attn::AttentionProblem* problem, bool* out) 
 
 const char* emulation_faulty_kernel_name(int kernel) { return cuda::faulty::name(kernel); }
 
-int emulation_run_faulty_kernel(int kernel) {
+// result: of cuda::faulty::kElements numbers.
+int emulation_run_faulty_kernel(int kernel, float* result) {
   return guarded([&] {
     constexpr size_t kBytes = cuda::faulty::kElements * sizeof(float);
     float* out = static_cast<float*>(emulation::allocate(kBytes, sizeof(float)));
     float* in = static_cast<float*>(emulation::allocate(kBytes, sizeof(float)));
+    for (int i = 0; i < cuda::faulty::kElements; ++i) {
+      in[i] = static_cast<float>(i);
+      out[i] = 0;
+    }
     emulation::set_read_only(in, true);
     cuda::faulty::run(kernel, out, in);
+    std::copy_n(out, cuda::faulty::kElements, result);
   });
 }
 
