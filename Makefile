@@ -14,7 +14,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # OpenMP's threads give their core away while they wait. The default, to spin, costs tenfold where a neighbour wants it.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: build test sanitize lint format demo clean FORCE
+.PHONY: build test sanitize lint format demo glimpses clean FORCE
 
 build: $(VENV)/.installed
 
@@ -39,8 +39,11 @@ format: $(VENV)/.requirements
 demo: build
 	$(BIN)/python examples/digits_vit/demo.py
 
+glimpses: build
+	$(BIN)/python examples/glimpses/glimpse_demo.py
+
 clean:
-	rm -rf build torch_attn.egg-info torch_attn/lib torch_attn/share examples/digits_vit/out $(VENV)/.built $(VENV)/.installed
+	rm -rf build torch_attn.egg-info torch_attn/lib torch_attn/share examples/*/out $(VENV)/.built $(VENV)/.installed
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

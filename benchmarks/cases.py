@@ -9,8 +9,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import torch_attn
+
+# What is computed, and its matrix products as a multiple of forward's two: backward has 5, and the tangent of a product
+# is two more. Double backward is forward, backward, forward mode of the one and of the other.
+MODES = {"forward": 1.0, "forward+backward": 3.5, "jvp": 3.0, "double backward": 12.5}
 
 
 @dataclass(frozen=True)
@@ -39,9 +44,9 @@ class Case:
         return 0.5 if self.options.get("is_causal") else 1.0
 
     def flops(self, mode: str) -> float:
-        """Multiply-adds count two. Forward is 2 matrix products, backward 5: 3.5 times forward's in all."""
+        """Multiply-adds count two."""
         products = 4 * self.batch * self.heads * self.query_length * self.key_length * self.head_dim
-        return products * self.visible_share() * (1 if mode == "forward" else 3.5)
+        return products * self.visible_share() * MODES[mode]
 
     def inputs(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         kv_heads = self.kv_heads or self.heads
@@ -75,6 +80,12 @@ def torchs(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value, **options)
 
 
+def torchs_math(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """SDPA's path of ordinary operations, the only one that forward mode and second derivatives have."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return torchs(query, key, value, **options)
+
+
 def key_padding(case: Case, dtype: torch.dtype) -> dict[str, Any]:
     lengths = torch.linspace(case.key_length // 2, case.key_length, case.batch).long()
     return {"attn_mask": (torch.arange(case.key_length) < lengths[:, None])[:, None, None]}
@@ -82,6 +93,14 @@ def key_padding(case: Case, dtype: torch.dtype) -> dict[str, Any]:
 
 def bool_mask(case: Case, dtype: torch.dtype) -> dict[str, Any]:
     return {"attn_mask": torch.rand(case.query_length, case.key_length) > 0.1}
+
+
+def causal_as_mask(case: Case, dtype: torch.dtype) -> dict[str, Any]:
+    return {"attn_mask": torch.ones(case.query_length, case.key_length, dtype=torch.bool).tril()}
+
+
+def shared_float_mask(case: Case, dtype: torch.dtype) -> dict[str, Any]:
+    return {"attn_mask": torch.randn(case.query_length, case.key_length).to(dtype)}
 
 
 def float_mask(case: Case, dtype: torch.dtype) -> dict[str, Any]:
@@ -100,6 +119,8 @@ CASES = [
         Case("B1 H8 L16 D64", 1, 8, 16, 16, 64, group="small"),
         Case("B1 H8 L512 D64", 1, 8, 512, 512, 64),
         Case("B2 H8 L1024 D64", 2, 8, 1024, 1024, 64),
+        Case("B1 H8 L1024 D64", 1, 8, 1024, 1024, 64, group="derivatives"),
+        Case("B1 H8 L2048 D64", 1, 8, 2048, 2048, 64, group="derivatives"),
         Case("B1 H8 L4096 D64", 1, 8, 4096, 4096, 64),
         Case("B1 H8 L2048 D128", 1, 8, 2048, 2048, 128),
         Case("BERT-base B8 H12 L128 D64", 8, 12, 128, 128, 64),
@@ -111,6 +132,8 @@ CASES = [
     ),
     Case("key padding B4 H8 L1024 D64", 4, 8, 1024, 1024, 64, draw=key_padding, group="masks"),
     Case("bool mask B1 H8 L2048 D64", 1, 8, 2048, 2048, 64, draw=bool_mask, group="masks"),
+    Case("causal as bool mask B1 H8 L2048 D64", 1, 8, 2048, 2048, 64, draw=causal_as_mask, group="masks"),
+    Case("float mask (L, S) B1 H8 L2048 D64", 1, 8, 2048, 2048, 64, draw=shared_float_mask, group="masks"),
     Case("float mask B1 H8 L2048 D64", 1, 8, 2048, 2048, 64, draw=float_mask, group="masks"),
     Case("dropout 0.1 B1 H8 L2048 D64", 1, 8, 2048, 2048, 64, options={"dropout_p": 0.1}, group="masks"),
     Case(
@@ -125,7 +148,10 @@ CASES = [
     ),
     *(
         Case(f"decode B1 H32 Lq{n} Lk4096 D128", 1, 32, n, 4096, 128, group="decode", forward_only=True)
-        for n in (1, 4, 16)
+        for n in (1, 4, 8, 16)
     ),
-    Case("decode GQA 32/8 B1 Lq1 Lk4096 D128", 1, 32, 1, 4096, 128, kv_heads=8, group="decode", forward_only=True),
+    *(
+        Case(f"decode GQA 32/8 B1 Lq{n} Lk4096 D128", 1, 32, n, 4096, 128, 8, group="decode", forward_only=True)
+        for n in (1, 4)
+    ),
 ]

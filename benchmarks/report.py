@@ -15,7 +15,8 @@ import torch
 
 from .run import Result
 
-HEADER = f"{'case':40} {'dtype':9} {'mode':17} {'against':>9} {'speedup (quartiles)':>22} {'% peak':>7} {'error ours/torch':>20}"
+COLUMNS = ("case", "dtype", "mode", "against", "speedup (quartiles)", "% peak", "error ours/torch")
+HEADER = "{:40} {:9} {:17} {:>9} {:>22} {:>7} {:>20}".format(*COLUMNS)
 
 
 def against(r: Result) -> str:

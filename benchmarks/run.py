@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
+import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .cases import Case, ours, torchs
+from .cases import Case, ours, torchs, torchs_math
 from .measure import interleave
 
 Attention = Callable[..., Tensor]
@@ -54,33 +55,55 @@ class Result:
         return asdict(self)
 
 
-def forward_and_backward(attention: Attention, inputs: list[Tensor], grad: Tensor, options: dict) -> list[Tensor]:
+def forward(attention: Attention, inputs: list[Tensor], direction: Tensor, options: dict) -> list[Tensor]:
+    with torch.no_grad():
+        return [attention(*inputs, **options)]
+
+
+def forward_and_backward(attention: Attention, inputs: list[Tensor], direction: Tensor, options: dict) -> list[Tensor]:
     out = attention(*inputs, **options)
-    return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
+    return [out.detach(), *torch.autograd.grad(out, inputs, direction)]
 
 
-def as_call(attention: Attention, inputs: list[Tensor], grad: Tensor, options: dict, mode: str) -> Callable[[], object]:
-    if mode == "forward":
+def forward_mode(attention: Attention, inputs: list[Tensor], direction: Tensor, options: dict) -> list[Tensor]:
+    """The tangent along the inputs themselves."""
+    with torch.no_grad(), fwAD.dual_level():
+        out = attention(*(fwAD.make_dual(x, x.detach()) for x in inputs), **options)
+        return [*fwAD.unpack_dual(out)]
 
-        def call() -> object:
-            with torch.no_grad():
-                return attention(*inputs, **options)
 
-        return call
+def double_backward(attention: Attention, inputs: list[Tensor], direction: Tensor, options: dict) -> list[Tensor]:
+    """The gradient of a gradient penalty, forward and first backward included."""
+    out = attention(*inputs, **options)
+    gradients = torch.autograd.grad(out, inputs, direction, create_graph=True)
+    return [*torch.autograd.grad(sum(g.square().sum() for g in gradients), inputs)]
+
+
+COMPUTE = {
+    "forward": forward,
+    "forward+backward": forward_and_backward,
+    "jvp": forward_mode,
+    "double backward": double_backward,
+}
+BASELINE = {"forward": torchs, "forward+backward": torchs, "jvp": torchs_math, "double backward": torchs_math}
+
+
+def as_call(
+    attention: Attention, inputs: list[Tensor], direction: Tensor, options: dict, mode: str
+) -> Callable[[], object]:
     leaves = [x.detach().requires_grad_() for x in inputs]
-    return lambda: forward_and_backward(attention, leaves, grad, options)
+    return lambda: COMPUTE[mode](attention, leaves, direction, options)
 
 
-def worst_error(attention: Attention, inputs: list[Tensor], grad: Tensor, options: dict, mode: str) -> float:
+def worst_error(attention: Attention, inputs: list[Tensor], direction: Tensor, options: dict, mode: str) -> float:
     """Against torch's float64 answer on the same (rounded) inputs."""
 
     def results(function: Attention, dtype: torch.dtype) -> list[Tensor]:
         leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
         cast = {n: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in options.items()}
-        values = forward_and_backward(function, leaves, grad.to(dtype), cast)
-        return values[:1] if mode == "forward" else values
+        return COMPUTE[mode](function, leaves, direction.to(dtype), cast)
 
-    exact = results(torchs, torch.float64)
+    exact = results(BASELINE[mode], torch.float64)
     actual = results(attention, inputs[0].dtype)
     return max((a.double() - e).abs().max().item() for a, e in zip(actual, exact, strict=True))
 
@@ -103,10 +126,10 @@ def run_case(
         return x.to(device) if isinstance(x, Tensor) else x
 
     inputs = [x.to(device) for x in case.inputs(dtype)]
-    grad = torch.randn(case.batch, case.heads, case.query_length, case.head_dim).to(dtype).to(device)
+    direction = torch.randn(case.batch, case.heads, case.query_length, case.head_dim).to(dtype).to(device)
     options = {name: moved(x) for name, x in case.kwargs(dtype).items()}
     backend = BACKENDS[baseline]
-    calls = [as_call(f, inputs, grad, options, mode) for f in (ours, torchs)]
+    calls = [as_call(f, inputs, direction, options, mode) for f in (ours, BASELINE[mode])]
     with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
         try:
             calls[1]()
@@ -133,7 +156,7 @@ def run_case(
         gflops=flops / 1e9,
         share_of_peak=flops / peak,
         share_of_bandwidth=cache_bytes / timing.best(0) / bandwidth if case.group == "decode" else None,
-        error_ours=worst_error(ours, inputs, grad, options, mode) if comparable else None,
-        error_torch=worst_error(torchs, inputs, grad, options, mode) if comparable else None,
+        error_ours=worst_error(ours, inputs, direction, options, mode) if comparable else None,
+        error_torch=worst_error(BASELINE[mode], inputs, direction, options, mode) if comparable else None,
         rounds=len(timing.rounds),
     )

@@ -67,6 +67,24 @@ def bool_mask(*sizes: str, empty_rows: bool = False) -> Callable[[Case, torch.dt
     return draw
 
 
+def bool_mask_by_blocks(case: Case, dtype: torch.dtype) -> dict[str, Any]:
+    """Blocks in which nothing is attended, everything, or some keys: kernels tell these apart."""
+    mask = bool_mask("H", "L", "S")(case, dtype)["attn_mask"]
+    rows, keys = case.query_length // 2, 2 * case.key_length // 3
+    mask[..., :rows, :keys] = False
+    mask[..., rows:, :keys] = True
+    return {"attn_mask": mask}
+
+
+def key_major(draw: Callable[[Case, torch.dtype], dict[str, Any]]) -> Callable[[Case, torch.dtype], dict[str, Any]]:
+    """The same mask with neighbouring rows, not keys, next to each other in memory."""
+
+    def draw_transposed(case: Case, dtype: torch.dtype) -> dict[str, Any]:
+        return {"attn_mask": draw(case, dtype)["attn_mask"].transpose(2, 3).contiguous().transpose(2, 3)}
+
+    return draw_transposed
+
+
 def key_lengths(case: Case, dtype: torch.dtype) -> dict[str, Any]:
     lengths = torch.randint(0, case.key_length + 1, (case.batch,))
     lengths[0] = 0
@@ -108,6 +126,17 @@ CASES = [
     Case("heads_inside", layout="heads_inside", heads=3, kv_heads=3),
     Case("one_row_one_key", query_length=1, key_length=1),
     Case("decode", query_length=1, key_length=131, head_dim=64, value_dim=64),
+    Case("decode_grouped", heads=6, kv_heads=2, query_length=3, key_length=150, head_dim=40, value_dim=24),
+    Case("decode_rows", query_length=11, key_length=200, options=CAUSAL | {"causal_alignment": "bottom_right"}),
+    Case(
+        "decode_everything",
+        heads=4,
+        kv_heads=1,
+        query_length=5,
+        key_length=150,
+        draw=everything,
+        options=CAUSAL | {"window_left": 100, "softcap": 5.0, "dropout_p": 0.2, "causal_alignment": "bottom_right"},
+    ),
     Case("odd_dims", head_dim=7, value_dim=5),
     Case("dim_one", head_dim=1, value_dim=1),
     Case("wide_value", head_dim=8, value_dim=40),
@@ -127,6 +156,9 @@ CASES = [
     Case("bool_mask", draw=bool_mask("B", "H", "L", "S")),
     Case("bool_mask_empty_rows", draw=bool_mask("L", "S", empty_rows=True), query_length=100, key_length=110),
     Case("key_padding_mask", draw=bool_mask("B", "S"), query_length=90, key_length=130),
+    Case("bool_mask_by_blocks", draw=bool_mask_by_blocks, query_length=100, key_length=210),
+    Case("bool_mask_key_major", draw=key_major(bool_mask("L", "S")), query_length=40, key_length=70),
+    Case("float_mask_key_major", draw=key_major(float_mask("H", "L", "S")), query_length=40, key_length=70),
     Case("row_mask", draw=bool_mask("H", "L")),
     Case("float_mask", draw=float_mask("B", "H", "L", "S"), query_length=100, key_length=110),
     Case("float_mask_over_heads", draw=float_mask("B", "L", "S")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import sysconfig
 from collections.abc import Iterator
 
 import pytest
@@ -50,3 +51,9 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.empty(1).isnan().item()
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(scope="session")
+def environment() -> dict[str, str]:
+    """The environment with pip's cmake and ninja on the PATH."""
+    return {**os.environ, "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])}

@@ -78,6 +78,21 @@ def run_kernel(call: Call) -> tuple[dict[str, Tensor], Tensor | None]:
     return {"out": out.detach(), "logsumexp": logsumexp.detach()} | backward(call, leaves, out, logsumexp), keep
 
 
+def neighbour(call: Call) -> Call:
+    """The same call with each input off by a few units in the last place: as well conditioned, rounded otherwise."""
+
+    def nudge(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        nudged = x * (1 + 8 * torch.finfo(x.dtype).eps * (torch.rand_like(x) - 0.5))
+        return torch.where(nudged.isfinite(), nudged, x)
+
+    options = {name: nudge(x) for name, x in call.options.items()}
+    return Call(
+        *map(nudge, (call.query, call.key, call.value)), options, nudge(call.grad_out), nudge(call.grad_logsumexp)
+    )
+
+
 def rounded_to_tf32(x: Tensor) -> Tensor:
     """float32 with 10 bits of mantissa: to nearest, ties away from zero, as cvt.rna.tf32 rounds."""
     bits = x.contiguous().view(torch.int32)
@@ -110,6 +125,39 @@ def largest(x: Tensor) -> float:
     return finite.abs().max().item() if finite.numel() else 0.0
 
 
+@dataclass
+class Yardstick:
+    """Plain torch math: the exact results, and how far its own precision takes it from them."""
+
+    keep_mask: Tensor | None
+    rounds_weights: bool
+    tf32: bool
+    dtypes: dict[str, torch.dtype]  # those that results are returned in
+
+    def measure(self, call: Call) -> tuple[dict[str, Tensor], dict[str, float]]:
+        dtype = call.query.dtype
+        accumulator = accumulator_of(dtype)
+        exact = run_reference(call.to(torch.float64), self.keep_mask)
+        with TF32Products() if self.tf32 else contextlib.nullcontext():
+            in_accumulator = run_reference(call.to(accumulator), self.keep_mask)
+        in_dtype = run_reference(call, self.keep_mask) if dtype != accumulator else in_accumulator
+        errors = {}
+        for name, value in exact.items():
+            in_own_dtype = name.startswith("grad") or (name == "out" and self.rounds_weights)
+            rounded = (in_dtype if in_own_dtype else in_accumulator)[name].to(self.dtypes[name])
+            errors[name] = max_error(rounded, value)
+        return exact, errors
+
+    def measure_around(self, call: Call) -> dict[str, float]:
+        """The largest errors in eight calls like this one: in one alone, errors may happen to cancel."""
+        measured = [self.measure(neighbour(call))[1] for _ in range(8)]
+        return {name: max(errors[name] for errors in measured) for name in measured[0]}
+
+
+def accumulator_of(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def assert_accurate(
     call: Call,
     actual: dict[str, Tensor],
@@ -130,30 +178,34 @@ def assert_accurate(
     yardstick's own error happens to vanish, a few units in the last place of the accumulator are granted; in float64
     there is no yardstick but these. A gradient that sums over many rows, ALiBi's with the distances as factors, is
     granted what rounding each row's output adds up to at random.
+
+    One measurement of the yardstick is a matter of luck in small calls, so a result that exceeds it is judged by the
+    largest of several. Thousands of such comparisons, on numbers drawn anew in each run, leave no false alarm.
     """
     dtype = call.query.dtype
-    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
-    exact = run_reference(call.to(torch.float64), keep_mask)
-    with TF32Products() if tf32 else contextlib.nullcontext():
-        in_accumulator = run_reference(call.to(accumulator), keep_mask)
-    in_dtype = run_reference(call, keep_mask) if dtype != accumulator else in_accumulator
+    accumulator = accumulator_of(dtype)
     eps = TF32_EPS if tf32 else torch.finfo(dtype).eps if dtype != accumulator else 0.0
+    yardstick = Yardstick(keep_mask, rounds_weights, tf32, {name: x.dtype for name, x in actual.items()})
+    exact, torchs = yardstick.measure(call)
     assert actual.keys() == exact.keys()
-    for name, value in actual.items():
-        is_gradient = name.startswith("grad")
-        in_own_dtype = is_gradient or (name == "out" and rounds_weights)
-        yardstick = (in_dtype if in_own_dtype else in_accumulator)[name].to(value.dtype)
-        factor = gradient_factor if is_gradient else forward_factor
-        torchs = max_error(yardstick, exact[name])
+
+    def bound(name: str) -> float:
         units = (64 if accumulator == torch.float64 else 16) * torch.finfo(accumulator).eps
-        bound = factor * torchs + units * max(1.0, largest(exact[name]))
+        granted = units * max(1.0, largest(exact[name]))
         if name.removeprefix("grad_") in DIFFERENTIABLE_OPTIONS:
-            rows_summed = max(1.0, actual["logsumexp"].numel() / max(1, value.numel()))
+            rows_summed = max(1.0, actual["logsumexp"].numel() / max(1, actual[name].numel()))
             distance = call.key.size(2) if name == "grad_alibi_slopes" else 1
             rounding = units + (eps if rows_summed > 1 else 0.0)
-            bound += rounding * math.sqrt(rows_summed) * distance
-        error = max_error(value, exact[name])
-        assert error <= bound, f"{name}: error {error:.3g} exceeds {factor} x torch's {torchs:.3g}"
+            granted += 3 * rounding * math.sqrt(rows_summed) * distance  # three standard deviations
+        return (gradient_factor if name.startswith("grad") else forward_factor) * torchs[name] + granted
+
+    errors = {name: max_error(value, exact[name]) for name, value in actual.items()}
+    if any(error > bound(name) for name, error in errors.items()):
+        around = yardstick.measure_around(call)
+        torchs = {name: max(error, around[name]) for name, error in torchs.items()}
+    for name, error in errors.items():
+        message = f"{name}: error {error:.3g} exceeds {bound(name):.3g}, torch's is {torchs[name]:.3g}"
+        assert error <= bound(name), message
 
 
 def assert_kernel_accurate(call: Call) -> None:

@@ -1,4 +1,5 @@
 """The forward pass of torch_attn.MultiheadAttention as free functions: checks, projections, masks, kernel, weights.
+HardMultiheadAttention shares all of it but the kernel and the weights.
 
 TorchScript compiles them as they stand, so that a scripted module holds the operator ``torch_attn::attention`` and runs
 from C++ without Python. N is the batch, L and S are the lengths of query and key, H the heads, E = H · D the width.
@@ -7,10 +8,23 @@ from C++ without Python. N is the batch, L and S are the lengths of query and ke
 # No "from __future__ import annotations": TorchScript reads the annotations as types, not as strings.
 import math
 import warnings
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class HeadsAndMask(NamedTuple):
+    """What the kernel is called with: q (N, H, L, D), k and v (N, H, S, D) with the appended keys, and their mask."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None  # the operator's meaning: True, attend
+    causal: bool  # the hint stands for the mask
+    batched: bool
+    batch_first: bool  # of the output; true for a call without batch
 
 
 def multi_head_attention(
@@ -38,7 +52,7 @@ def multi_head_attention(
     is_causal: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Project, attend, project. Checks come in PyTorch's order, so that of two mistakes the same one is reported."""
-    _check_mask_dtypes(key_padding_mask, attn_mask)
+    check_mask_dtypes(key_padding_mask, attn_mask)
     if query.is_nested or key.is_nested or value.is_nested:
         plain = batch_first and bias_k is None and bias_v is None and not add_zero_attn
         if (
@@ -66,6 +80,58 @@ def multi_head_attention(
             average_attn_weights,
         )
 
+    call = heads_and_mask(
+        query,
+        key,
+        value,
+        embed_dim,
+        num_heads,
+        in_proj_weight,
+        q_proj_weight,
+        k_proj_weight,
+        v_proj_weight,
+        in_proj_bias,
+        bias_k,
+        bias_v,
+        add_zero_attn,
+        batch_first,
+        key_padding_mask,
+        attn_mask,
+        is_causal,
+    )
+    weights: Tensor | None = None
+    if need_weights:
+        out, weights = _attention_with_weights(
+            call.q, call.k, call.v, call.mask, dropout_p, call.causal, average_attn_weights
+        )
+        weights = weights if call.batched else weights.squeeze(0)
+    else:
+        out = torch.ops.torch_attn.attention(
+            call.q, call.k, call.v, attn_mask=call.mask, dropout_p=dropout_p, is_causal=call.causal
+        )
+    return project_output(out, out_proj_weight, out_proj_bias, call.batched, call.batch_first), weights
+
+
+def heads_and_mask(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim: int,
+    num_heads: int,
+    in_proj_weight: Tensor | None,
+    q_proj_weight: Tensor | None,
+    k_proj_weight: Tensor | None,
+    v_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero_attn: bool,
+    batch_first: bool,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+) -> HeadsAndMask:
+    """Check, project into heads, append keys, merge the masks."""
     is_batched = F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, num_heads)
     if not is_batched:  # a batch of one, in which tensors that were one stay one
         batch_first = True
@@ -90,9 +156,9 @@ def multi_head_attention(
     q, k, v = _heads_first(q, batch_first), _heads_first(k, batch_first), _heads_first(v, batch_first)
 
     # The hint replaces attn_mask only where the kernel's causal mask is what a true hint promises. Appended keys have
-    # no place on the diagonal, and the returned weights are computed from the mask.
+    # no place on the diagonal.
     appended = (0 if bias_k is None else 1) + (1 if add_zero_attn else 0)
-    causal = is_causal and not need_weights and appended == 0
+    causal = is_causal and appended == 0
     causal = causal and (key_padding_mask is None or query_length == key_length)
     per_head_mask: Tensor | None = None
     if attn_mask is not None and (not causal or key_padding_mask is not None):
@@ -103,19 +169,17 @@ def multi_head_attention(
         _check_key_padding_mask(key_padding_mask, batch, key_length, appended)
         key_padding_mask = key_padding_mask.unsqueeze(1).unsqueeze(1)
     mask = _merge_masks(per_head_mask, key_padding_mask, appended)
+    return HeadsAndMask(q, k, v, mask, causal, is_batched, batch_first)
 
-    weights: Tensor | None = None
-    if need_weights:
-        out, all_weights = _attention_with_weights(q, k, v, mask, dropout_p)
-        weights = all_weights.mean(1) if average_attn_weights else all_weights
-        weights = weights.to(out.dtype) if is_batched else weights.to(out.dtype).squeeze(0)
-    else:
-        out = torch.ops.torch_attn.attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=causal)
 
+def project_output(
+    out: Tensor, out_proj_weight: Tensor, out_proj_bias: Tensor | None, batched: bool, batch_first: bool
+) -> Tensor:
+    """The kernel's output (..., N, H, L, D) to (..., N, L, E), (..., L, N, E) or, without batch, (..., L, E)."""
     # The kernel stores (N, L, H, D): a view when batch_first, and one copy otherwise.
-    out = out.transpose(1, 2) if batch_first else out.permute(2, 0, 1, 3)
+    out = out.transpose(-3, -2) if batch_first else out.movedim(-2, -4)
     out = F.linear(out.flatten(-2).contiguous(), out_proj_weight, out_proj_bias)
-    return (out if is_batched else out.squeeze(0)), weights
+    return out if batched else out.squeeze(-3)
 
 
 def _nested_self_attention(
@@ -143,15 +207,14 @@ def _nested_self_attention(
     if need_weights:
         valid = torch.arange(padded.size(1), device=x.device) < lengths.unsqueeze(1)
         mask = (valid.unsqueeze(2) & valid.unsqueeze(1)).unsqueeze(1)
-        out, all_weights = _attention_with_weights(q, k, v, mask, dropout_p)
-        weights = (all_weights.mean(1) if average_attn_weights else all_weights).to(out.dtype)
+        out, weights = _attention_with_weights(q, k, v, mask, dropout_p, False, average_attn_weights)
     else:
         out = torch.ops.torch_attn.attention(q, k, v, dropout_p=dropout_p, key_lengths=lengths)
     nested = torch._nested_from_padded(out.transpose(1, 2).flatten(-2), sizes)
     return F.linear(nested, out_proj_weight, out_proj_bias), weights
 
 
-def _check_mask_dtypes(key_padding_mask: Tensor | None, attn_mask: Tensor | None) -> None:
+def check_mask_dtypes(key_padding_mask: Tensor | None, attn_mask: Tensor | None) -> None:
     if key_padding_mask is not None:
         if key_padding_mask.dtype != torch.bool and not torch.is_floating_point(key_padding_mask):
             raise AssertionError("only bool and floating types of key_padding_mask are supported")
@@ -304,42 +367,22 @@ def _merge_masks(attn_mask: Tensor | None, key_padding_mask: Tensor | None, appe
 
 
 def _attention_with_weights(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool, average: bool
 ) -> tuple[Tensor, Tensor]:
-    """The kernel's output (N, H, L, D), and the weights (N, H, L, S) that the same call used, dropout included.
+    """The kernel's output (N, H, L, D), and the weights that the same call used, dropout included.
 
-    weights = exp(score − logsumexp), in place in one (N·H, L, S) tensor: writing to fresh memory would cost more than
-    the arithmetic. A row with nothing to attend has logsumexp −inf, for which +inf is put: its weights are exp(−inf).
+    The weights are (N, H, L, S), or (N, L, S) for ``average``, their mean over the heads.
     """
-    out, logsumexp, rng_state = torch.ops.torch_attn.attention_forward(q, k, v, attn_mask=mask, dropout_p=dropout_p)
-    empty = logsumexp == -math.inf
-    additive = mask is not None and mask.dtype != torch.bool
-    if additive:
-        logsumexp = logsumexp.detach()  # the division below makes the weights independent of it
-    weights = _scores(q, k, logsumexp.masked_fill(empty, math.inf))
-    if mask is not None:
-        one_for_all = mask.size(0) == 1 and mask.size(1) == 1
-        flat = mask.squeeze(0) if one_for_all else mask.expand(q.size(0), q.size(1), -1, -1).flatten(0, 1)
-        weights = weights.add_(flat) if additive else weights.masked_fill_(flat.logical_not(), -math.inf)
-    weights = weights.exp_().unflatten(0, [q.size(0), q.size(1)])
-    if additive:  # a row under a bias such as −1e9 has a logsumexp without the digits that make its weights sum to 1
-        weights = weights / weights.sum(-1, keepdim=True).masked_fill(empty.unsqueeze(-1), 1.0)
+    out, logsumexp, rng_state = torch.ops.torch_attn.attention_forward(
+        q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal
+    )
+    heads = "mean" if average and dropout_p == 0.0 else "all"
+    weights = torch.ops.torch_attn.attention_weights(
+        q, k, attn_mask=mask, is_causal=is_causal, logsumexp=logsumexp, heads=heads
+    )
     if dropout_p > 0.0:
-        batch, heads, query_length, key_length = weights.shape
-        keep = torch.ops.torch_attn.dropout_keep_mask(rng_state, batch, heads, query_length, key_length, dropout_p)
+        batch, num_heads, query_length, key_length = weights.shape
+        keep = torch.ops.torch_attn.dropout_keep_mask(rng_state, batch, num_heads, query_length, key_length, dropout_p)
         weights = weights * keep * (1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0)
+        weights = weights.mean(1) if average else weights
     return out, weights
-
-
-def _scores(q: Tensor, k: Tensor, logsumexp: Tensor) -> Tensor:
-    """q · k / sqrt(D) − logsumexp, (N·H, L, S), in logsumexp's dtype, which autocast must not lower again."""
-    scale = 1.0 / math.sqrt(q.size(-1))
-    shift = logsumexp.neg().unsqueeze(-1).flatten(0, 1)
-    q = q.to(logsumexp.dtype).flatten(0, 1)
-    k = k.to(logsumexp.dtype).flatten(0, 1).transpose(1, 2)
-    if torch.jit.is_scripting():  # which has no autocast to turn off for a device known only when it runs
-        return torch.baddbmm(shift, q, k, alpha=scale).to(shift.dtype)
-    if not torch.amp.is_autocast_available(q.device.type):  # the meta device
-        return torch.baddbmm(shift, q, k, alpha=scale)
-    with torch.autocast(q.device.type, enabled=False):
-        return torch.baddbmm(shift, q, k, alpha=scale)

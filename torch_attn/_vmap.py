@@ -17,12 +17,16 @@ from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 _ops = torch.ops.torch_attn
 _library = torch.library.Library("torch_attn", "IMPL")
 
-# Gradients in the order of output_mask.
-_GRADIENTS = ("query", "key", "value", "attn_mask", "alibi_slopes", "sinks")
+_STATISTICS = ("logsumexp", "entropy", "max_weight", "argmax", "mean_distance", "window_mass")
+_STATISTICS = (*_STATISTICS, "top_weights", "top_indices", "column_sum")
+_OPTIONS = ("attn_mask", "alibi_slopes", "sinks")
 _BY_BATCH = (
     *("query", "key", "value", "grad_out", "grad_logsumexp", "out", "logsumexp", "key_lengths"),
+    *("indices", "weights", "grad_scores", "grad_log_prob"),
     *("tangent_query", "tangent_key", "tangent_value", "tangent_out", "tangent_logsumexp"),
     *("tangent_grad_out", "tangent_grad_logsumexp"),
+    *(n for name in _STATISTICS[1:] for n in (name, f"grad_{name}")),
+    "grad_weights",
 )
 _Outputs = list[tuple[Tensor, int | None]]
 
@@ -34,6 +38,8 @@ class _Call:
         self.op = op
         self.arguments: dict[str, Any] = {a.name: a.default_value for a in op._schema.arguments}
         self.arguments |= dict(zip(self.arguments, args, strict=False)) | kwargs
+        # What a backward operator returns, in the order of its output_mask.
+        self.gradients = [r.name.removeprefix("grad_") for r in op._schema.returns]
         self.mapped: set[str] = set()
         for name, value in self.arguments.items():
             if isinstance(value, Tensor):
@@ -45,18 +51,22 @@ class _Call:
 
     def fold(self, size: int, randomness: str) -> None:
         """Make ordinary arguments, of a batch ``size`` times as large, of the mapped ones."""
-        query = self.arguments["query"]
+        name = "query" if "query" in self.arguments else "value"
         self.size = size
-        self.batch = query.size(1 if "query" in self.mapped else 0)
+        self.batch = self.arguments[name].size(1 if name in self.mapped else 0)
         self.shapes = {n: x.shape[1:] if n in self.mapped else x.shape for n, x in self.tensors().items()}
-        wanted = self.arguments.get("output_mask") or [False] * len(_GRADIENTS)
-        self._fold_dropout(randomness)
+        if "query_rows" in self.mapped:
+            raise RuntimeError(
+                "vmap: attention_weights takes one choice of queries for all entries, but queries is mapped."
+            )
+        wanted = dict(zip(self.gradients, self.arguments.get("output_mask", ()), strict=False))
+        self._fold_random_bits(randomness)
         for name in _BY_BATCH:
             if isinstance(self.arguments.get(name), Tensor):
                 self.arguments[name] = self._with_map(name).flatten(0, 1)
-        for index, name in enumerate(_GRADIENTS[3:], start=3):
+        for name in _OPTIONS:
             pair = [n for n in (name, f"tangent_{name}") if isinstance(self.arguments.get(n), Tensor)]
-            apart = wanted[index] or any(n in self.mapped for n in pair)
+            apart = wanted.get(name, False) or any(n in self.mapped for n in pair)
             for n in pair:
                 self.arguments[n] = self._fold_option(n, apart)
 
@@ -78,18 +88,18 @@ class _Call:
             x = x.unsqueeze(1)
         return x.expand(self.size, self.batch, *x.shape[2:]).flatten(0, 1)
 
-    def _fold_dropout(self, randomness: str) -> None:
+    def _fold_random_bits(self, randomness: str) -> None:
         """The bits belong to a batch entry: tell the kernels which entries of the larger batch share them."""
         state = self.arguments.get("rng_state")
-        if self.arguments["dropout_p"] == 0:
+        if not (self.arguments.get("dropout_p", 0.0) > 0 or self.arguments.get("sample", False)):
             if "rng_state" in self.mapped:
                 self.arguments["rng_state"] = state[0]
             return
         if state is None:
             if randomness == "error":
                 raise RuntimeError(
-                    "vmap: attention with dropout_p > 0 was called in randomness error mode. Pass randomness='same' or "
-                    "randomness='different' to vmap, or keep dropout out of it."
+                    "vmap: attention that draws random bits (dropout_p > 0, or sampled keys) was called in randomness "
+                    "error mode. Pass randomness='same' or randomness='different' to vmap, or keep it out of vmap."
                 )
             seed = torch.randint(torch.iinfo(torch.int64).max, (1,), device=self.arguments["query"].device)
             state = torch.nn.functional.pad(seed, (0, 2))
@@ -123,8 +133,12 @@ def _below_vmap() -> Any:
 
 
 def _forward(call: _Call) -> _Outputs:
-    out, logsumexp, rng_state = call.op(**call.arguments)
-    return [call.unfold(out), call.unfold(logsumexp), (rng_state.expand(call.size, -1), 0)]
+    *results, rng_state = call.op(**call.arguments)
+    return [*map(call.unfold, results), (rng_state.expand(call.size, -1), 0)]
+
+
+def _gather(call: _Call) -> _Outputs:
+    return [call.unfold(call.op(**call.arguments))]
 
 
 def _jvp(call: _Call) -> _Outputs:
@@ -132,20 +146,26 @@ def _jvp(call: _Call) -> _Outputs:
 
 
 def _backward(call: _Call) -> _Outputs:
-    return [call.unfold_gradient(n, g) for n, g in zip(_GRADIENTS, call.op(**call.arguments), strict=True)]
+    return [call.unfold_gradient(n, g) for n, g in zip(call.gradients, call.op(**call.arguments), strict=True)]
+
+
+def _statistics(call: _Call) -> _Outputs:
+    # A statistic that was not asked for has no dimension to unfold.
+    return [(x, None) if x.dim() == 1 else call.unfold(x) for x in call.op(**call.arguments)]
 
 
 def _register(name: str, rule: Callable[[_Call], _Outputs]) -> None:
     op = getattr(_ops, name).default
 
-    def kernel(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    def kernel(*args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
         interpreter = retrieve_current_functorch_interpreter()
         level = interpreter.level()
         call = _Call(op, args, kwargs, level)
         with _below_vmap():
             call.fold(interpreter.batch_size(), interpreter.randomness())
             outputs = rule(call)
-        return tuple(x if dim is None else _add_batch_dim(x, dim, level) for x, dim in outputs)
+        results = tuple(x if dim is None else _add_batch_dim(x, dim, level) for x, dim in outputs)
+        return results if len(op._schema.returns) > 1 else results[0]
 
     _library.impl(name, kernel, "FuncTorchBatched")
 
@@ -167,6 +187,14 @@ for _name, _rule in {
     "attention_backward": _backward,
     "attention_jvp": _jvp,
     "attention_backward_jvp": _backward,
+    "attention_statistics_forward": _statistics,
+    "attention_statistics_backward": _backward,
+    "attention_weights_forward": _jvp,
+    "attention_weights_backward": _backward,
+    "select_keys": _forward,
+    "select_keys_backward": _backward,
+    "gather_values": _gather,
+    "gather_values_backward": _backward,
 }.items():
     _register(_name, _rule)
 _library.impl("dropout_keep_mask", _dropout_keep_mask, "FuncTorchBatched")

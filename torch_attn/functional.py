@@ -6,7 +6,7 @@ C++ without Python.
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 import torch.jit._builtins
@@ -137,24 +137,34 @@ def attention(
         ``return_logsumexp`` also the natural logarithm of the softmax's sum, (..., Hq, L), sink included, float32
         (float64 for float64): differentiable, and −inf for a row with no key.
     """
+    # Only what differs from the operator's defaults: each argument given costs a third of a microsecond.
+    options: dict[str, Any] = {}
+    if attn_mask is not None:
+        options["attn_mask"] = attn_mask
+    if dropout_p != 0.0:
+        options["dropout_p"] = dropout_p
+    if is_causal is not False:
+        options["is_causal"] = is_causal
+    if scale is not None:
+        options["scale"] = scale
+    if window_left is not None:
+        options["window_left"] = window_left
+    if window_right is not None:
+        options["window_right"] = window_right
+    if causal_alignment != "top_left":
+        options["causal_alignment"] = causal_alignment
+    if alibi_slopes is not None:
+        options["alibi_slopes"] = alibi_slopes
+    if softcap != 0.0:
+        options["softcap"] = softcap
+    if sinks is not None:
+        options["sinks"] = sinks
+    if key_lengths is not None:
+        options["key_lengths"] = key_lengths
+    if enable_gqa is not False:
+        options["enable_gqa"] = enable_gqa
     op = torch.ops.torch_attn.attention_with_logsumexp if return_logsumexp else torch.ops.torch_attn.attention
-    return op(
-        query,
-        key,
-        value,
-        attn_mask=attn_mask,
-        dropout_p=dropout_p,
-        is_causal=is_causal,
-        scale=scale,
-        window_left=window_left,
-        window_right=window_right,
-        causal_alignment=causal_alignment,
-        alibi_slopes=alibi_slopes,
-        softcap=softcap,
-        sinks=sinks,
-        key_lengths=key_lengths,
-        enable_gqa=enable_gqa,
-    )
+    return op(query, key, value, **options)
 
 
 # What torch.jit.script compiles a call of the function to. It cannot compile keyword-only defaults itself.

@@ -39,7 +39,7 @@ class MultiheadAttention(nn.MultiheadAttention):
       with the padding. PyTorch reads ``attn_mask`` then. The two agree whenever the hint is true.
     - The output is contiguous whatever ``batch_first`` is. Mask dtypes may differ from the query's.
     - Strided NestedTensors are taken in training and under autograd too, not only in inference.
-    - Returned weights are computed in float32 (float64 for float64) and rounded once.
+    - Returned weights are computed in float32 (float64 for float64) and rounded once, or once more by dropout's factor.
 
     Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.2.2.
     """
@@ -63,7 +63,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             value: (S, vdim), (S, N, vdim) or (N, S, vdim).
             key_padding_mask: (N, S), or (S) for an unbatched query; bool (True: the key is *ignored*) or floating
                 (added to the scores).
-            need_weights: also return the attention weights, which costs the memory of the (N, H, L, S) matrix.
+            need_weights: also return the attention weights. They are computed from the output's logsumexp; averaged,
+                and without dropout, the (N, H, L, S) matrix is never stored.
             attn_mask: (L, S) or (N·H, L, S), batch-major; bool (True: *not* attended) or floating (added).
             average_attn_weights: average the returned weights over the heads.
             is_causal: a hint that ``attn_mask``, which must be given, is the causal mask. Where the hint can be used

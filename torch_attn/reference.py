@@ -7,6 +7,8 @@ autograd, so use it to understand and to check, not to train.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,13 +65,11 @@ def band_mask(
     return visible
 
 
-def attention(
+def logits(
     query: Tensor,
     key: Tensor,
-    value: Tensor,
     *,
     attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
     window_left: int | None = None,
@@ -79,18 +79,14 @@ def attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     key_lengths: Tensor | None = None,
-    keep_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """softmax(softcap(scale · QKᵀ) + ALiBi + mask) V.
+) -> Tensor:
+    """What the softmax is taken of: softcap(scale · QKᵀ) + ALiBi + mask, (B, Hq, L, S), −∞ where masked.
 
-    Shapes: query (B, Hq, L, D), key (B, Hkv, S, D), value (B, Hkv, S, Dv). The options are those of
-    :func:`torch_attn.attention`; ``keep_mask``, bool (B, Hq, L, S), holds the weights that dropout keeps. Returns the
-    output (B, Hq, L, Dv), logsumexp (B, Hq, L) and the weights (B, Hq, L, S) after dropout.
+    query (B, Hq, L, D), key (B, Hkv, S, D). With ``sinks`` there is one more column, the sink's.
     """
     heads, query_length, head_dim = query.shape[-3:]
     key_length = key.size(-2)
-    group = heads // key.size(-3) if key.size(-3) else 1
-    key, value = key.repeat_interleave(group, -3), value.repeat_interleave(group, -3)
+    key = key.repeat_interleave(heads // key.size(-3) if key.size(-3) else 1, -3)
 
     scores = query @ key.transpose(-2, -1) * (1 / math.sqrt(head_dim) if scale is None else scale)
     if softcap > 0:
@@ -120,9 +116,52 @@ def attention(
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         visible = visible & attn_mask
     scores = scores.masked_fill(~visible, -math.inf)
-    if sinks is not None:  # one more column, which takes weight and has no value
+    if sinks is not None:
         sink = sinks.to(scores.dtype).view(-1, 1, 1).expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, sink], -1)
+    return scores
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    window_left: int | None = None,
+    window_right: int | None = None,
+    causal_alignment: str = "top_left",
+    alibi_slopes: Tensor | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    keep_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """softmax(softcap(scale · QKᵀ) + ALiBi + mask) V.
+
+    Shapes: query (B, Hq, L, D), key (B, Hkv, S, D), value (B, Hkv, S, Dv). The options are those of
+    :func:`torch_attn.attention`; ``keep_mask``, bool (B, Hq, L, S), holds the weights that dropout keeps. Returns the
+    output (B, Hq, L, Dv), logsumexp (B, Hq, L) and the weights (B, Hq, L, S) after dropout.
+    """
+    scores = logits(
+        query,
+        key,
+        attn_mask=attn_mask,
+        is_causal=is_causal,
+        scale=scale,
+        window_left=window_left,
+        window_right=window_right,
+        causal_alignment=causal_alignment,
+        alibi_slopes=alibi_slopes,
+        softcap=softcap,
+        sinks=sinks,
+        key_lengths=key_lengths,
+    )
+    key_length = key.size(-2)
+    value = value.repeat_interleave(query.size(-3) // value.size(-3) if value.size(-3) else 1, -3)
 
     # A row with nothing to attend: weights 0, logsumexp −inf. Softmax alone would give NaN there, in gradients too.
     empty = (scores == -math.inf).all(-1, keepdim=True)
@@ -134,3 +173,123 @@ def attention(
     if keep_mask is not None:
         weights = weights * keep_mask / (1 - dropout_p) if dropout_p < 1 else weights * 0
     return weights.to(value.dtype) @ value, logsumexp, weights
+
+
+def attention_statistics(
+    query: Tensor,
+    key: Tensor,
+    *,
+    top_k: int = 0,
+    mass_window: int | None = None,
+    column_sum: bool = True,
+    **options: Any,
+) -> dict[str, Tensor | None]:
+    """The fields of :class:`torch_attn.AttentionStatistics` by name, of query (B, Hq, L, D) and key (B, Hkv, S, D).
+
+    ``options`` are those of :func:`attention` here, which computes the weights.
+    """
+    _, logsumexp, weights = attention(query, key, key[..., :0], **options)
+    log_weights = torch.where(weights > 0, weights, 1.0).log()
+    position = key_positions(
+        query.size(-2),
+        key.size(-2),
+        causal_alignment=options.get("causal_alignment", "top_left"),
+        key_lengths=options.get("key_lengths"),
+        device=query.device,
+    )
+    distance = (position - torch.arange(key.size(-2), device=query.device)).abs()
+    count = max(top_k, 1)
+    padded = torch.nn.functional.pad(weights, (0, count))
+    top_weights, top_indices = (x[..., :count] for x in padded.sort(dim=-1, descending=True, stable=True))
+    top_indices = top_indices.masked_fill(top_weights == 0, -1)
+    return {
+        "logsumexp": logsumexp,
+        "entropy": -(weights * log_weights).sum(-1),
+        "max_weight": top_weights[..., 0],
+        "argmax": top_indices[..., 0],
+        "mean_distance": (weights * distance).sum(-1),
+        "window_mass": None if mass_window is None else (weights * (distance <= mass_window)).sum(-1),
+        "top_weights": top_weights if top_k > 0 else None,
+        "top_indices": top_indices if top_k > 0 else None,
+        "column_sum": weights.sum(-2) if column_sum else None,
+    }
+
+
+def attention_weights(
+    query: Tensor,
+    key: Tensor,
+    *,
+    heads: str | Sequence[int] = "all",
+    queries: slice | Sequence[int] | Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """The weights (B, Hq', L', S) of the chosen heads and rows, or their mean over all heads (B, L', S)."""
+    _, _, weights = attention(query, key, key[..., :0], **options)
+    if queries is not None:
+        weights = weights[:, :, queries]
+    if isinstance(heads, str):
+        return weights.mean(1) if heads == "mean" else weights
+    return weights[:, list(heads)]
+
+
+NOISE_GROUP = 32  # keys that share a noise number when drawing with replacement
+
+
+def choose_keys(logits: Tensor, count: int, noise: Tensor | None = None, sink: bool = False) -> Tensor:
+    """Indices (B, Hq, L, count) into the columns of ``logits``; −1 where a row has no more candidates.
+
+    ``noise`` is what ``torch.ops.torch_attn.selection_noise`` gives. None: the highest logits, the lowest index first
+    among equal ones. Without replacement, (B, Hq, L, columns): the highest logits + g, where g = −log E is Gumbel
+    noise. With replacement, (B, Hq, L, count, groups, 2): column j wins a race in which it arrives at E_j / exp(logit),
+    by way of groups of 32 columns (``sink``: the last column is a group of its own): the group that arrives first, at
+    E / Σ exp(logit), then its member by the uniform number, as if the weights lay side by side on a line.
+    """
+    if noise is None or noise.dim() == 4:
+        values = logits
+        if noise is not None:  # relative to the maximum, or rows of huge scores would drown the noise
+            values = logits - logits.amax(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min) - noise.log()
+        values, indices = values.sort(dim=-1, descending=True, stable=True)
+        indices = indices.masked_fill(values == -math.inf, -1)[..., :count]
+        return torch.nn.functional.pad(indices, (0, count - indices.size(-1)), value=-1)
+    empty = (logits == -math.inf).all(-1, keepdim=True)
+    weights = torch.softmax(logits.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
+    keys = logits.size(-1) - sink
+    groups = noise.size(-2) - sink
+    members = torch.nn.functional.pad(weights[..., :keys], (0, groups * NOISE_GROUP - keys))
+    members = members.unflatten(-1, (groups, NOISE_GROUP))
+    if sink:
+        alone = torch.nn.functional.pad(weights[..., keys:], (0, NOISE_GROUP - 1))
+        members = torch.cat([members, alone.unsqueeze(-2)], -2)
+    arrival = noise[..., 0] / members.sum(-1).unsqueeze(-2)
+    first = arrival.argmin(-1, keepdim=True)
+    chosen = members.gather(-2, first.expand(*first.shape[:-1], NOISE_GROUP))
+    passed = chosen.cumsum(-1) <= noise[..., 1].gather(-1, first) * chosen.sum(-1, keepdim=True)
+    indices = (first * NOISE_GROUP).squeeze(-1) + passed.sum(-1)
+    if sink:
+        indices = torch.where(first.squeeze(-1) == groups, keys, indices)
+    return indices.masked_fill(empty, -1)
+
+
+def hard_attention(
+    value: Tensor, logits: Tensor, indices: Tensor, *, renormalise: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What reading the chosen keys gives, once they are chosen.
+
+    ``logits`` (B, Hq, L, columns) have been divided by the temperature; ``indices`` is (B, Hq, L, count). Returns the
+    outputs (B, Hq, L, count, Dv), or with ``renormalise`` their mean (B, Hq, L, Dv) weighted by the softmax over the
+    chosen logits; log_prob (B, Hq, L, count); and entropy (B, Hq, L).
+    """
+    value = value.repeat_interleave(logits.size(-3) // value.size(-3) if value.size(-3) else 1, -3)
+    value = torch.nn.functional.pad(value, (0, 0, 0, logits.size(-1) - value.size(-2)))  # a sink's is 0
+    empty = (logits == -math.inf).all(-1, keepdim=True)
+    log_weights = torch.log_softmax(logits.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
+    weights = log_weights.exp().masked_fill(empty, 0.0)
+    entropy = -(weights * log_weights.masked_fill(log_weights == -math.inf, 0.0)).sum(-1)
+    one_hot = torch.nn.functional.one_hot(indices + 1, logits.size(-1) + 1)[..., 1:].to(value.dtype)
+    output = one_hot @ value.unsqueeze(-3)
+    nothing = indices < 0
+    log_prob = (one_hot * log_weights.masked_fill(log_weights == -math.inf, 0.0).unsqueeze(-2)).sum(-1)
+    if renormalise:
+        share = torch.softmax(log_prob.masked_fill(nothing, -math.inf).masked_fill(empty, 0.0), -1)
+        output = (share.masked_fill(nothing, 0.0).unsqueeze(-1) * output).sum(-2)
+    return output, log_prob, entropy

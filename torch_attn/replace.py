@@ -12,7 +12,11 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from .hard_modules import HardMultiheadAttention
 from .modules import MultiheadAttention
+
+# The modules of this library that a stock encoder layer must call in evaluation too.
+_OURS = (MultiheadAttention, HardMultiheadAttention)
 
 # Where a replaced encoder layer keeps its own activation_relu_or_gelu; see _close_fast_path.
 _SAVED_ACTIVATION = "_activation_relu_or_gelu_before_replace_mha"
@@ -25,6 +29,7 @@ def replace_mha(model: nn.Module) -> nn.Module:
     and state_dict stay as they are. In evaluation without gradients, nn.TransformerEncoderLayer calls a fused operator
     instead of its attention module; for layers that hold a replaced module that path is closed, in eager mode and in
     TorchScript. The nested tensors of nn.TransformerEncoder still work: outputs at padded positions are 0, as before.
+    A :class:`torch_attn.HardMultiheadAttention` in such a layer stays, and the path is closed for it too.
 
     Subclasses of nn.MultiheadAttention, modules whose ``forward`` was replaced on the instance, and modules already
     compiled by TorchScript are left alone, with a warning that names them. torch.fx takes PyTorch's module for a leaf,
@@ -37,7 +42,7 @@ def replace_mha(model: nn.Module) -> nn.Module:
         elif reason:
             warnings.warn(f"replace_mha left {name or 'the model itself'} as it is: {reason}.", stacklevel=2)
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and isinstance(module.self_attn, MultiheadAttention):
+        if isinstance(module, nn.TransformerEncoderLayer) and isinstance(module.self_attn, _OURS):
             _close_fast_path(module)
     return model
 
@@ -48,7 +53,7 @@ def restore_mha(model: nn.Module) -> nn.Module:
         if _exact_class(module) is MultiheadAttention:
             _change_class(module, MultiheadAttention, nn.MultiheadAttention)
     for module in model.modules():
-        if hasattr(module, _SAVED_ACTIVATION) and not isinstance(module.self_attn, MultiheadAttention):
+        if hasattr(module, _SAVED_ACTIVATION) and not isinstance(module.self_attn, _OURS):
             _open_fast_path(module)
     return model
 
@@ -63,7 +68,7 @@ def _why_not_replaced(module: nn.Module) -> str | None:
     if isinstance(module, torch.jit.ScriptModule):
         is_attention = getattr(module, "original_name", "") == nn.MultiheadAttention.__name__
         return "it was compiled by torch.jit.script; call replace_mha before compiling" if is_attention else ""
-    if not isinstance(module, nn.MultiheadAttention) or isinstance(module, MultiheadAttention):
+    if not isinstance(module, nn.MultiheadAttention) or isinstance(module, _OURS):
         return ""
     if _exact_class(module) is not nn.MultiheadAttention:
         return f"{type(module).__qualname__} is a subclass of nn.MultiheadAttention, which may compute something else"

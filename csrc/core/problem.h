@@ -54,6 +54,11 @@ struct AttentionProblem {
   Alignment alignment = Alignment::kTopLeft;
   const int64_t* key_lengths = nullptr;  // (B), each in [0, S]; null: all are S
 
+  // Where query holds chosen rows of a longer one: row i is row query_rows[i] of full_query_length, in any order; the
+  // mask's rows have been chosen alike. Null: query is whole. Only the kernels of attention maps serve such calls.
+  const int64_t* query_rows = nullptr;
+  int64_t full_query_length = 0;
+
   // See dropout.h. The seed and offset come from the op's rng_state.
   double dropout_p = 0.0;
   uint64_t philox_seed = 0;

@@ -1,159 +1,16 @@
-// The backward pass (Dao et al. 2022, alg. 4): blocks of query rows walk over the keys, recompute the weights, and add
-// to the gradients of query, key and value. Included by instantiate/*.cpp.
+// The backward pass on vectors; see backward_tasks.h. Included by instantiate/*.cpp.
 #pragma once
 
-#include "backward_walk.h"
-#include "kernel_table.h"
-#include "mask_gradient.h"
-#include "tasks.h"
+#include "backward_tasks.h"
 
 namespace torch_attn::cpu::TORCH_ATTN_ISA {
-
-// A task is one (batch, key/value head) and a chunk of the query rows (of all heads in its group) that read it. Where
-// one chunk per key/value head leaves threads idle, there are more, each with its own sums, which are added up in order
-// at the end: no atomics, and the same result on every run with the same number of threads.
-template <class Walk>
-struct Backward : BackwardPlan {
-  using Real = typename Walk::Real;
-  using Tensors = typename Walk::Tensors;
-  const AttentionProblem& p;
-  const Tensors& t;
-  int64_t group, chunks;
-  int64_t value_sums;              // where grad_value's sums start
-  int64_t sums_size;               // of one chunk
-  Real* chunk_sums = nullptr;      // [batch · kv head][chunk][sums] if chunks > 1
-  Real* slope_partials = nullptr;  // [batch · head][row block]
-
-  Backward(const AttentionProblem& problem, const Tensors& tensors, int threads) : p(problem), t(tensors) {
-    group = p.heads / p.kv_heads;
-    block_rows = Walk::block_rows(p.query_length);
-    row_blocks = (p.query_length + block_rows - 1) / block_rows;
-    needs_query = t.grad_query.defined();
-    needs_key = t.grad_key.defined();
-    needs_value = t.grad_value.defined();
-    needs_slopes = t.grad_alibi_slopes != nullptr;
-    needs_scores = needs_query || needs_key || needs_slopes;
-    key_columns = needs_key ? round_up(p.head_dim, Walk::kColumns) : 0;
-    value_columns = needs_value ? round_up(p.value_dim, Walk::kColumns) : 0;
-    value_sums = (p.key_length + Walk::kExtraKeys) * key_columns;
-    sums_size = value_sums + (p.key_length + Walk::kExtraKeys) * value_columns;
-    chunks = chunks_for(threads);
-  }
-
-  // The fewest chunks that keep the threads at least 90 % busy, or else those that keep them busiest.
-  int64_t chunks_for(int64_t threads) const {
-    const int64_t heads = p.batch * p.kv_heads, most = smaller(group * row_blocks, 4 * threads);
-    int64_t best = 1;
-    double best_share = 0;
-    for (int64_t n = 1; n <= most; ++n) {
-      const int64_t tasks = heads * n, rounds = (tasks + threads - 1) / threads;
-      const double share = static_cast<double>(tasks) / static_cast<double>(rounds * threads);
-      if (share > best_share) best = n, best_share = share;
-      if (share >= 0.9) break;
-    }
-    return best;
-  }
-
-  int64_t items() const { return p.batch * p.kv_heads * chunks; }
-
-  void run(int64_t item, Scratch& scratch) const {
-    const int64_t chunk = item % chunks, kv_head = item / chunks % p.kv_heads, batch = item / chunks / p.kv_heads;
-    Real* key_sums = chunk_sums == nullptr ? scratch.take<Real>(sums_size) : chunk_sums + item * sums_size;
-    fill<Real>(key_sums, 0, sums_size);
-
-    typename Walk::Block block(p, block_rows, scratch);
-    Walk walk(p, t, *this, batch, kv_head, key_sums, key_sums + value_sums, scratch);
-    const BandMask band = band_mask(p, batch);
-    const auto cost = [&](int64_t index) {  // of a row block
-      const int64_t row = index % row_blocks * block_rows;
-      const KeyRange range = band.keys_of_any(row, smaller(row + block_rows, p.query_length));
-      return 1 + (range.empty() ? 0 : range.end - range.begin);
-    };
-    int64_t total = 0, before = 0;
-    for (int64_t i = 0; i < row_blocks; ++i) total += cost(i) * group;
-    for (int64_t i = 0; i < group * row_blocks; ++i) {
-      if (before * chunks / total == chunk) {
-        const int64_t head = kv_head * group + i / row_blocks, row = i % row_blocks * block_rows;
-        block.read(p, t, batch, head, row, smaller(block_rows, p.query_length - row));
-        const Real slope_gradient = walk.over_keys(block);
-        if (needs_slopes) slope_partials[(batch * p.heads + head) * row_blocks + i % row_blocks] = slope_gradient;
-      }
-      before += cost(i);
-    }
-    if (chunks == 1) store_sums(batch, kv_head, key_sums, 0, p.key_length);
-  }
-
-  // Writes keys [begin, end) of one (batch, key/value head)'s sums out.
-  void store_sums(int64_t batch, int64_t kv_head, const Real* sums, int64_t begin, int64_t end) const {
-    if (needs_key) {
-      store_rows(t.grad_key, element(t.grad_key, batch, kv_head, begin), sums + begin * key_columns, key_columns,
-                 end - begin, p.head_dim);
-    }
-    if (needs_value) {
-      store_rows(t.grad_value, element(t.grad_value, batch, kv_head, begin), sums + value_sums + begin * value_columns,
-                 value_columns, end - begin, p.value_dim);
-    }
-  }
-
-  static constexpr int64_t kReducedKeys = 64;
-  int64_t reductions() const { return p.batch * p.kv_heads * ((p.key_length + kReducedKeys - 1) / kReducedKeys); }
-
-  // Adds up the chunks' sums for one block of keys, into the first chunk's, and writes them out.
-  void reduce(int64_t item) const {
-    const int64_t key_blocks = (p.key_length + kReducedKeys - 1) / kReducedKeys;
-    const int64_t kv_index = item / key_blocks, begin = item % key_blocks * kReducedKeys;
-    const int64_t end = smaller(begin + kReducedKeys, p.key_length);
-    Real* sums = chunk_sums + kv_index * chunks * sums_size;
-    const auto add_up = [&](int64_t first, int64_t last) {
-      for (int64_t chunk = 1; chunk < chunks; ++chunk) {
-        const Real* added = sums + chunk * sums_size;
-        for (int64_t i = first; i < last; i += kLanes<Real>) store(sums + i, load(sums + i) + load(added + i));
-      }
-    };
-    add_up(begin * key_columns, end * key_columns);
-    add_up(value_sums + begin * value_columns, value_sums + end * value_columns);
-    store_sums(kv_index / p.kv_heads, kv_index % p.kv_heads, sums, begin, end);
-  }
-
-  void sum_slopes() const {
-    for (int64_t i = 0; i < p.batch * p.heads; ++i) {
-      Real sum = 0;
-      for (int64_t j = 0; j < row_blocks; ++j) sum += slope_partials[i * row_blocks + j];
-      static_cast<Real*>(t.grad_alibi_slopes)[i] = sum;
-    }
-  }
-};
-
-template <class Walk>
-void backward_with(const AttentionProblem& problem, const typename Walk::Tensors& tensors, const Parallel& parallel) {
-  using Real = typename Walk::Real;
-  if (problem.batch * problem.kv_heads == 0) return;
-  Backward<Walk> backward(problem, tensors, parallel.threads < 1 ? 1 : parallel.threads);
-  if (!backward.needs_scores && !backward.needs_value) return;
-  Scratch shared;
-  if (backward.chunks > 1) backward.chunk_sums = shared.take<Real>(backward.items() * backward.sums_size);
-  if (backward.needs_slopes) {
-    backward.slope_partials = shared.take<Real>(problem.batch * problem.heads * backward.row_blocks);
-  }
-  for_each_item(parallel, backward.items(), [&](int64_t item, Scratch& scratch) { backward.run(item, scratch); });
-  if (backward.chunks > 1) {
-    for_each_item(parallel, backward.reductions(), [&](int64_t item, Scratch&) { backward.reduce(item); });
-  }
-  if (backward.needs_slopes) backward.sum_slopes();
-}
-
-template <class Real>
-void backward_as(const AttentionProblem& problem, const BackwardTensors& tensors, const Parallel& parallel) {
-  if (tensors.grad_attn_mask.defined()) mask_gradient<BackwardScores<Real>>(problem, tensors, parallel);
-  backward_with<VectorWalk<Real>>(problem, tensors, parallel);
-}
 
 inline void attention_backward(const AttentionProblem& problem, const BackwardTensors& tensors,
                                const Parallel& parallel) {
   if (problem.dtype == ScalarType::kFloat64) {
-    backward_as<double>(problem, tensors, parallel);
+    backward_as<GradientTile<double>>(problem, tensors, parallel);
   } else {
-    backward_as<float>(problem, tensors, parallel);
+    backward_as<GradientTile<float>>(problem, tensors, parallel);
   }
 }
 

@@ -16,29 +16,30 @@ struct BackwardPlan {
   int64_t key_columns, value_columns;  // row lengths of the sums for grad_key and grad_value; 0 if not needed
 };
 
-// One task's memory, and its walk over the keys with one block of rows after the other.
-template <class RealType>
+// One task's memory, and its walk over the keys with one block of rows after the other. Tile computes the gradients of
+// one tile of scores: GradientTile, or what has its interface.
+template <class Tile>
 struct VectorWalk {
-  using Real = RealType;
-  using Block = RowBlock<Real>;
-  using Tensors = BackwardTensors;
-  using Wanted = typename GradientTile<Real>::Wanted;
+  using Real = typename Tile::Real;
+  using Block = typename Tile::Block;
+  using Tensors = typename Tile::Tensors;
+  using Wanted = typename Tile::Wanted;
   static constexpr int64_t kColumns = kLanes<Real>;  // the sums' row lengths are a multiple of this
   static constexpr int64_t kExtraKeys = 0;           // rows that a walk may touch after the sums' last key
   static int64_t block_rows(int64_t rows) { return balanced_block<Real>(rows, kBackwardRows); }
 
   const BackwardPlan& b;
   const AttentionProblem& p;
-  const BackwardTensors& t;
+  const Tensors& t;
   int64_t batch, kv_head;
   Real *key_sums, *value_sums;
-  GradientTile<Real> tile;
+  Tile tile;
   Real *weights, *gradients;  // panels: [lane offset · kBackwardKeys][key][lane]
   Real *grad_query, *grad_query_rows, *ones;
   Real *key_scratch, *value_scratch;
 
-  VectorWalk(const AttentionProblem& problem, const BackwardTensors& tensors, const BackwardPlan& plan,
-             int64_t batch_index, int64_t kv_head_index, Real* key_gradient, Real* value_gradient, Scratch& scratch)
+  VectorWalk(const AttentionProblem& problem, const Tensors& tensors, const BackwardPlan& plan, int64_t batch_index,
+             int64_t kv_head_index, Real* key_gradient, Real* value_gradient, Scratch& scratch)
       : b(plan),
         p(problem),
         t(tensors),
@@ -46,7 +47,7 @@ struct VectorWalk {
         kv_head(kv_head_index),
         key_sums(key_gradient),
         value_sums(value_gradient),
-        tile(p, scratch) {
+        tile(p, t, scratch) {
     const int64_t lanes = b.block_rows;
     weights = scratch.take<Real>(lanes * kBackwardKeys);
     gradients = scratch.take<Real>(lanes * kBackwardKeys);
@@ -59,7 +60,7 @@ struct VectorWalk {
   }
 
   // Returns the block's share of the ALiBi slope's gradient.
-  Real over_keys(RowBlock<Real>& block) {
+  Real over_keys(Block& block) {
     const ScoreStage<Real> stage(p, batch, block.head);
     block.normalise_weights(p, stage, tile.scratch, weights, key_scratch);
     if (b.needs_query) fill<Real>(grad_query, 0, block.panels.lanes * p.head_dim);
@@ -97,7 +98,7 @@ struct VectorWalk {
 
   // One panel's weights and gradients with one block of keys, and its grad_query. Returns the keys that it filled in.
   template <int kVectors>
-  TA_NOINLINE KeySpan attend(const RowBlock<Real>& block, const ScoreStage<Real>& stage, int64_t offset, int64_t key,
+  TA_NOINLINE KeySpan attend(const Block& block, const ScoreStage<Real>& stage, int64_t offset, int64_t key,
                              int64_t keys, Rows<Real> key_rows, Rows<Real> value_rows, Real& slope_gradient) {
     constexpr int64_t width = kVectors * kLanes<Real>;
     Real *panel_weights = weights + offset * kBackwardKeys, *panel_gradients = gradients + offset * kBackwardKeys;
@@ -111,6 +112,7 @@ struct VectorWalk {
       fill<Real>(panel_gradients + span.begin * width, 0, (span.end - span.begin) * width);
       return span;
     }
+    prefetch_next_bias(stage.mask_rows, block.row, block.rows, offset, width, key, keys);
     if (b.needs_query) {
       combine_rows<Real, kVectors, false>(
           p.head_dim, span.end - span.begin, key_rows.data + span.begin * key_rows.stride, key_rows.stride,
@@ -119,7 +121,7 @@ struct VectorWalk {
     return span;
   }
 
-  void store_grad_query(const RowBlock<Real>& block) {
+  void store_grad_query(const Block& block) {
     for (int i = 0; i < block.panels.count; ++i) {
       const int64_t offset = block.panels.offset[i], width = block.panels.vectors[i] * kLanes<Real>;
       store_panel(t.grad_query, batch, block.head, block.row + offset, smaller(width, block.rows - offset), p.head_dim,

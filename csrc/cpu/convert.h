@@ -94,10 +94,17 @@ TA_INLINE void load_row_of(float* __restrict out, const Float16* __restrict in, 
 TA_INLINE Vec<float> load_as(const float* p) { return load(p); }
 TA_INLINE Vec<double> load_as(const double* p) { return load(p); }
 TA_INLINE Vec<float> load_as(const BFloat16* p) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))),
+                                       16);
+#elif defined(__AVX2__)
+  return (Vec<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16);
+#else
   typedef uint16_t Half __attribute__((vector_size(TA_VECTOR_BYTES / 2)));
   typedef uint16_t HalfUnaligned __attribute__((vector_size(TA_VECTOR_BYTES / 2), aligned(2), may_alias));
   const Half bits = *reinterpret_cast<const HalfUnaligned*>(p);
   return (Vec<float>)(__builtin_convertvector(bits, VecTypes<float>::Unsigned) << 16);
+#endif
 }
 TA_INLINE Vec<float> load_as(const Float16* p) {
 #if defined(__AVX512F__)

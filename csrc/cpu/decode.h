@@ -6,91 +6,23 @@
 
 #include "../core/dropout.h"
 #include "../core/online_softmax.h"
+#include "decode_vectors.h"
 #include "kernels.h"
 #include "score_tile.h"
 #include "tasks.h"
 
 namespace torch_attn::cpu::TORCH_ATTN_ISA {
 
-// With more rows than this, a panel of forward.h uses its lanes well enough.
+// With more rows than this, a panel of forward.h fills its lanes.
 template <class Real>
-constexpr int64_t kDecodeRows = kLanes<Real> / 4 > 1 ? kLanes<Real> / 4 : 1;
+constexpr int64_t kDecodeRows = larger(1, kLanes<Real> / 2);
 
-constexpr int64_t kDecodeKeys = 64;  // keys per block
 constexpr int64_t kSplitKeys = 512;  // fewest keys per piece
 
-// A block of rows as they are stored, in whole vectors; their number is a multiple of the vector length, too.
-template <class Stored>
-struct StoredRows {
-  const Stored* data;
-  int64_t stride;
-};
-
-// scores[key] = query · keys[key] for a multiple of the vector length of keys; dim is a multiple of it, too.
-template <class Real, class Stored>
-TA_NOINLINE void decode_dots(const Real* query, StoredRows<Stored> keys, int64_t count, int64_t dim, Real* scores) {
-  constexpr int n = kLanes<Real>;
-  constexpr int kAtOnce = n < 8 ? n : 8;  // rows read side by side; prefetching the next block as well gained nothing
-  for (int64_t first = 0; first < count; first += n) {
-    Vec<Real> partial[n];
-#pragma GCC unroll 2
-    for (int i0 = 0; i0 < n; i0 += kAtOnce) {
-      Vec<Real> acc[kAtOnce] = {};
-      const Stored* row = keys.data + (first + i0) * keys.stride;
-      for (int64_t d = 0; d < dim; d += n) {
-        const Vec<Real> q = load(query + d);
-#pragma GCC unroll 8
-        for (int i = 0; i < kAtOnce; ++i) acc[i] += q * load_as(row + i * keys.stride + d);
-      }
-#pragma GCC unroll 8
-      for (int i = 0; i < kAtOnce; ++i) partial[i0 + i] = acc[i];
-    }
-    transpose_in_registers<Real>(partial);
-#pragma GCC unroll 4
-    for (int step = n / 2; step > 0; step /= 2) {
-#pragma GCC unroll 8
-      for (int i = 0; i < step; ++i) partial[i] += partial[i + step];
-    }
-    store(scores + first, partial[0]);
-  }
-}
-
-// out[column] = out[column] · rescale + Σ_key weights[key] · values[key][column], for kVectors vectors of columns.
-template <class Real, class Stored, int kVectors>
-TA_INLINE void decode_combine_columns(const Real* weights, StoredRows<Stored> values, int64_t count, Real rescale,
-                                      Real* out) {
-  constexpr int n = kLanes<Real>;
-  Vec<Real> acc[kVectors] = {};
-  for (int64_t key = 0; key < count; ++key) {
-    const Vec<Real> weight = splat(weights[key]);
-#pragma GCC unroll 8
-    for (int i = 0; i < kVectors; ++i) acc[i] += weight * load_as(values.data + key * values.stride + i * n);
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < kVectors; ++i) store(out + i * n, load(out + i * n) * rescale + acc[i]);
-}
-
-template <class Real, class Stored>
-TA_NOINLINE void decode_combine(const Real* weights, StoredRows<Stored> values, int64_t count, int64_t columns,
-                                Real rescale, Real* out) {
-  constexpr int n = kLanes<Real>;
-  int64_t column = 0;
-  for (; column + 8 * n <= columns; column += 8 * n) {
-    decode_combine_columns<Real, Stored, 8>(weights, {values.data + column, values.stride}, count, rescale,
-                                            out + column);
-  }
-  for (; column + 4 * n <= columns; column += 4 * n) {
-    decode_combine_columns<Real, Stored, 4>(weights, {values.data + column, values.stride}, count, rescale,
-                                            out + column);
-  }
-  for (; column < columns; column += n) {
-    decode_combine_columns<Real, Stored, 1>(weights, {values.data + column, values.stride}, count, rescale,
-                                            out + column);
-  }
-}
-
-template <class Real, class Stored>
+// Products: DecodeVectors, or what amx/decode.h has.
+template <class Products>
 struct Decode {
+  using Real = typename Products::Real;
   using Math = VectorMath<Real>;
   using Softmax = OnlineSoftmax<Math>;
   static constexpr int kLaneCount = kLanes<Real>;
@@ -98,8 +30,8 @@ struct Decode {
   const AttentionProblem& p;
   const ForwardOutputs& outputs;
   Dropout dropout;
-  int64_t group, rows;           // rows: of all heads of a group
-  int64_t query_dim, value_dim;  // padded to whole vectors
+  int64_t group, rows, all_rows;  // rows: of all heads of a group; all_rows: padded
+  int64_t value_dim;              // padded
   int64_t pieces, piece_keys;
   int64_t state_size;      // of one row: maximum, sum, output
   Real* states = nullptr;  // [batch · kv head][piece][row][state], if pieces > 1
@@ -110,8 +42,8 @@ struct Decode {
         dropout(Dropout::make(problem.dropout_p, problem.philox_seed, problem.philox_offset)) {
     group = p.heads / p.kv_heads;
     rows = group * p.query_length;
-    query_dim = round_up(p.head_dim, kLaneCount);
-    value_dim = round_up(p.value_dim, kLaneCount);
+    all_rows = round_up(rows, Products::kRowGranule);
+    value_dim = round_up(p.value_dim, Products::kColumnGranule);
     state_size = 2 * kLaneCount + value_dim;
     const int64_t heads = p.batch * p.kv_heads;
     const int64_t wanted = heads >= threads ? 1 : (2 * threads + heads - 1) / heads;
@@ -128,47 +60,30 @@ struct Decode {
   // One piece of the keys for all rows that read one key/value head.
   void run(int64_t item, Scratch& scratch) const {
     const int64_t piece = item % pieces, kv_head = item / pieces % p.kv_heads, batch = item / pieces / p.kv_heads;
-    Real* state = states == nullptr ? scratch.take<Real>(rows * state_size) : states + item * rows * state_size;
-    Real* query = scratch.take<Real>(rows * query_dim);
-    Stored* key_scratch = scratch.take<Stored>(kDecodeKeys * query_dim);
-    Stored* value_scratch = scratch.take<Stored>(kDecodeKeys * value_dim);
-    Real* scores = scratch.take<Real>(kDecodeKeys);
+    Real* state = states == nullptr ? scratch.take<Real>(all_rows * state_size) : states + item * all_rows * state_size;
+    Real* scores = scratch.take<Real>(all_rows * kDecodeKeys);
+    Real* rescale = scratch.take<Real>(all_rows);
     Real* bias = scratch.take<Real>(kDecodeKeys);
-    for (int64_t row = 0; row < rows; ++row) {
-      const int64_t head = head_of(kv_head, row);
-      const char* first = element(p.query, batch, head, row % p.query_length);
-      load_rows(query + row * query_dim, query_dim, p.query, first, 1, p.head_dim);
-      start(state + row * state_size, batch, head, piece == 0);
+    Products products(p, batch, kv_head, rows, scratch);
+    for (int64_t row = 0; row < all_rows; ++row) {
+      start(state + row * state_size, batch, head_of(kv_head, row < rows ? row : 0), piece == 0);
+      rescale[row] = 1;
     }
-    const KeyRange any = band_mask(p, batch).keys_of_any(0, p.query_length);
+    const KeyRange any = band_mask_of_selected_rows(p, batch).keys_of_any(0, p.query_length);
     const int64_t begin = larger(piece * piece_keys, any.begin), end = smaller((piece + 1) * piece_keys, any.end);
     for (int64_t key = begin; key < end; key += kDecodeKeys) {
       const int64_t keys = smaller(kDecodeKeys, end - key);
-      const StoredRows<Stored> key_rows = block_rows(p.key, batch, kv_head, key, keys, p.head_dim, key_scratch);
-      const StoredRows<Stored> value_rows = block_rows(p.value, batch, kv_head, key, keys, p.value_dim, value_scratch);
+      products.dots(key, keys, scores);
       for (int64_t row = 0; row < rows; ++row) {
         const ScoreStage<Real> stage(p, batch, head_of(kv_head, row));
-        decode_dots(query + row * query_dim, key_rows, round_up(keys, kLaneCount), query_dim, scores);
-        add_keys(stage, batch, head_of(kv_head, row), row % p.query_length, key, keys, value_rows, scores, bias,
-                 state + row * state_size);
+        rescale[row] = add_keys(stage, batch, head_of(kv_head, row), row % p.query_length, key, keys,
+                                scores + row * kDecodeKeys, bias, state + row * state_size);
       }
+      products.combine(key, keys, scores, rescale, state + 2 * kLaneCount, state_size);
     }
     if (pieces > 1) return;
     for (int64_t row = 0; row < rows; ++row)
       finish(batch, head_of(kv_head, row), row % p.query_length, state + row * state_size);
-  }
-
-  // Rows [row, row + count) of one head: in place where they come in whole vectors, else copied and padded with zeros.
-  StoredRows<Stored> block_rows(const TensorView& view, int64_t batch, int64_t head, int64_t row, int64_t count,
-                                int64_t columns, Stored* scratch) const {
-    const auto* first = reinterpret_cast<const Stored*>(element(view, batch, head, row));
-    if (count % kLaneCount == 0 && columns % kLaneCount == 0) return {first, view.stride[2]};
-    const int64_t stride = round_up(columns, kLaneCount), all_rows = round_up(count, kLaneCount);
-    __builtin_memset(static_cast<void*>(scratch), 0, all_rows * stride * sizeof(Stored));
-    for (int64_t i = 0; i < count; ++i) {
-      if (columns > 0) __builtin_memcpy(scratch + i * stride, first + i * view.stride[2], columns * sizeof(Stored));
-    }
-    return {scratch, stride};
   }
 
   // The sink joins the first piece only.
@@ -182,15 +97,18 @@ struct Decode {
   }
 
   // The score and softmax stages of one row, with lanes along the keys. A state's maximum is the same in all lanes; its
-  // sum is that over all lanes.
-  TA_NOINLINE void add_keys(const ScoreStage<Real>& stage, int64_t batch, int64_t head, int64_t row, int64_t key,
-                            int64_t keys, StoredRows<Stored> values, Real* scores, Real* bias, Real* state) const {
+  // sum is that over all lanes. Scores become weights; returns what the output so far is multiplied by.
+  TA_NOINLINE Real add_keys(const ScoreStage<Real>& stage, int64_t batch, int64_t head, int64_t row, int64_t key,
+                            int64_t keys, Real* scores, Real* bias, Real* state) const {
     using Int = IntVec<Real>;
     const KeyRange range = stage.band.keys_of_row(row);
     const auto clamp = [&](int64_t x) { return x < 0 ? int64_t{0} : x > keys ? keys : x; };
     const Int first = splat_int<Real>(clamp(range.begin - key)), last = splat_int<Real>(clamp(range.end - key)) - 1;
     const Vec<Real> position = splat(static_cast<Real>(stage.band.position(row) - key));
-    if (stage.mask) load_row(bias, stage.mask_dtype, stage.mask_element(row, key), stage.mask_column_stride, keys);
+    if (stage.mask) {
+      const MaskRows& mask = stage.mask_rows;
+      load_row(bias, mask.dtype, mask.at(row, key), mask.column_stride, keys);
+    }
     const Vec<Real> old_maximum = load(state);
     Vec<Real> highest = old_maximum;
     for (int64_t j = 0; j < keys; j += kLaneCount) {
@@ -221,7 +139,7 @@ struct Decode {
     store(state, new_maximum);
     store(state + kLaneCount, sum);
     if (p.dropout_p > 0) drop(p.dropout_batch_head(batch, head), row, key, keys, scores);
-    decode_combine(scores, values, keys, value_dim, rescale[0], state + 2 * kLaneCount);
+    return rescale[0];
   }
 
   void drop(int64_t batch_head, int64_t row, int64_t key, int64_t keys, Real* weights) const {
@@ -231,11 +149,11 @@ struct Decode {
 
   // Merges the pieces of one (batch, key/value head), into the first, and writes its rows out.
   void merge(int64_t item) const {
-    Real* first_piece = states + item * pieces * rows * state_size;
+    Real* first_piece = states + item * pieces * all_rows * state_size;
     for (int64_t row = 0; row < rows; ++row) {
       Real* state = first_piece + row * state_size;
       for (int64_t piece = 1; piece < pieces; ++piece) {
-        const Real* other = first_piece + (piece * rows + row) * state_size;
+        const Real* other = first_piece + (piece * all_rows + row) * state_size;
         const Vec<Real> maximum = max(load(state), load(other));
         const Vec<Real> rescale = Softmax::rescale(load(state), maximum),
                         other_rescale = Softmax::rescale(load(other), maximum);
@@ -259,11 +177,12 @@ struct Decode {
   }
 };
 
-template <class Real, class Stored>
-void decode_stored(const AttentionProblem& problem, const ForwardOutputs& outputs, const Parallel& parallel) {
-  Decode<Real, Stored> decode(problem, outputs, parallel.threads < 1 ? 1 : parallel.threads);
+template <class Products>
+void decode_with(const AttentionProblem& problem, const ForwardOutputs& outputs, const Parallel& parallel) {
+  using Real = typename Products::Real;
+  Decode<Products> decode(problem, outputs, parallel.threads < 1 ? 1 : parallel.threads);
   Scratch shared;
-  if (decode.pieces > 1) decode.states = shared.take<Real>(decode.items() * decode.rows * decode.state_size);
+  if (decode.pieces > 1) decode.states = shared.take<Real>(decode.items() * decode.all_rows * decode.state_size);
   for_each_item(parallel, decode.items(), [&](int64_t item, Scratch& scratch) { decode.run(item, scratch); });
   if (decode.pieces > 1) {
     for_each_item(parallel, problem.batch * problem.kv_heads, [&](int64_t item, Scratch&) { decode.merge(item); });
@@ -273,13 +192,13 @@ void decode_stored(const AttentionProblem& problem, const ForwardOutputs& output
 template <class Real>
 void decode_as(const AttentionProblem& problem, const ForwardOutputs& outputs, const Parallel& parallel) {
   if constexpr (sizeof(Real) == 8) {
-    decode_stored<Real, double>(problem, outputs, parallel);
+    decode_with<DecodeVectors<Real, double>>(problem, outputs, parallel);
   } else if (problem.dtype == ScalarType::kBFloat16) {
-    decode_stored<Real, BFloat16>(problem, outputs, parallel);
+    decode_with<DecodeVectors<Real, BFloat16>>(problem, outputs, parallel);
   } else if (problem.dtype == ScalarType::kFloat16) {
-    decode_stored<Real, Float16>(problem, outputs, parallel);
+    decode_with<DecodeVectors<Real, Float16>>(problem, outputs, parallel);
   } else {
-    decode_stored<Real, float>(problem, outputs, parallel);
+    decode_with<DecodeVectors<Real, float>>(problem, outputs, parallel);
   }
 }
 

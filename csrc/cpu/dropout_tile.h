@@ -1,5 +1,5 @@
-// The dropout factors of a tile of weights: core/dropout.h's bits for all lanes of a panel at once. Included by
-// forward.h and backward.h.
+// Philox on all lanes of a vector at once, and the dropout factors of a tile of weights by it (core/dropout.h).
+// Included by forward.h, backward.h and noise_tile.h.
 #pragma once
 
 #include "../core/dropout.h"
@@ -23,38 +23,35 @@ TA_INLINE void philox(WideVec (&counter)[4], uint32_t key0, uint32_t key1) {
   }
 }
 
-// The words of the rows row, row + step, … one per 64-bit lane.
-TA_INLINE void philox_of_rows(const Dropout& dropout, int64_t batch_head, int64_t row, int64_t step, int64_t key,
-                              WideVec (&words)[4]) {
-  const Philox4x32::Words first = dropout.counter(batch_head, row, key);
+// The words of rows step apart, one per 64-bit lane, where first is the counter of the first row.
+TA_INLINE void philox_of_rows(const Philox4x32::Words& first, uint64_t seed, int64_t step, WideVec (&words)[4]) {
   WideVec rows;
   for (int i = 0; i < kLanes<double>; ++i) rows[i] = first.word[1] + static_cast<uint64_t>(i * step);
   words[0] = WideVec{} + first.word[0];
   words[1] = rows;
   words[2] = WideVec{} + first.word[2];
   words[3] = WideVec{} + first.word[3];
-  philox(words, static_cast<uint32_t>(dropout.seed), static_cast<uint32_t>(dropout.seed >> 32));
+  philox(words, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
 }
 
-// Word j of the four keys' words, one row per lane of Real.
+// The four words of neighbouring rows, one row per lane of Real. Word 1 of the counter is the row, in every use of it.
 template <class Real>
-struct DropoutWords;
+struct RowWords;
 
 template <>
-struct DropoutWords<double> {
+struct RowWords<double> {
   WideVec words[4];
-  TA_INLINE DropoutWords(const Dropout& dropout, int64_t batch_head, int64_t row, int64_t key) {
-    philox_of_rows(dropout, batch_head, row, 1, key, words);
-  }
+  TA_INLINE RowWords(const Philox4x32::Words& first, uint64_t seed) { philox_of_rows(first, seed, 1, words); }
   TA_INLINE VecTypes<double>::Unsigned word(int j) const { return words[j] & 0xFFFFFFFFu; }
 };
 
 template <>
-struct DropoutWords<float> {
+struct RowWords<float> {
   WideVec even[4], odd[4];
-  TA_INLINE DropoutWords(const Dropout& dropout, int64_t batch_head, int64_t row, int64_t key) {
-    philox_of_rows(dropout, batch_head, row, 2, key, even);
-    philox_of_rows(dropout, batch_head, row + 1, 2, key, odd);
+  TA_INLINE RowWords(const Philox4x32::Words& first, uint64_t seed) {
+    const Philox4x32::Words second = {{first.word[0], first.word[1] + 1, first.word[2], first.word[3]}};
+    philox_of_rows(first, seed, 2, even);
+    philox_of_rows(second, seed, 2, odd);
   }
   TA_INLINE VecTypes<float>::Unsigned word(int j) const {
     return (VecTypes<float>::Unsigned)((even[j] & 0xFFFFFFFFu) | (odd[j] << 32));
@@ -69,7 +66,7 @@ TA_NOINLINE void dropout_tile(const Dropout& dropout, Real keep_scale, int64_t b
   const typename VecTypes<Real>::Unsigned threshold = typename VecTypes<Real>::Unsigned{} + dropout.threshold;
   for (int64_t group = round_down(key, Dropout::kKeysPerCall); group < key + keys; group += Dropout::kKeysPerCall) {
     for (int n = 0; n < kVectors; ++n) {
-      const DropoutWords<Real> words(dropout, batch_head, row + n * n_lanes, group);
+      const RowWords<Real> words(dropout.counter(batch_head, row + n * n_lanes, group), dropout.seed);
 #pragma GCC unroll 4
       for (int j = 0; j < Dropout::kKeysPerCall; ++j) {
         const int64_t i = group + j - key;

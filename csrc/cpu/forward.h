@@ -6,13 +6,13 @@
 #include "decode.h"
 #include "dropout_tile.h"
 #include "kernel_table.h"
+#include "query_block.h"
 #include "score_tile.h"
 #include "tasks.h"
 
 namespace torch_attn::cpu::TORCH_ATTN_ISA {
 
-// Block sizes: a panel's scores and a block of keys and values should stay in the L1 and L2 caches.
-constexpr int64_t kForwardRows = 256;
+// A panel's scores and a block of keys and values should stay in the L1 and L2 caches.
 constexpr int64_t kForwardKeys = 64;
 constexpr int64_t kFewQueries = 16;  // see key_value_rows
 
@@ -47,15 +47,6 @@ TA_NOINLINE void softmax_tile(int64_t begin, int64_t end, Real* scores, const Re
   }
 }
 
-// Query rows per task: fewer where that leaves threads idle.
-template <class Real>
-int64_t forward_block_rows(const AttentionProblem& p, int threads) {
-  int64_t most = kForwardRows;
-  const auto items = [&] { return p.batch * p.heads * ((p.query_length + most - 1) / most); };
-  while (most > 2 * kMaxVectors * kLanes<Real> && items() < 4 * threads) most /= 2;
-  return balanced_block<Real>(p.query_length, most);
-}
-
 template <class Real>
 struct Forward {
   const AttentionProblem& p;
@@ -67,7 +58,7 @@ struct Forward {
       : p(problem),
         outputs(out),
         dropout(Dropout::make(problem.dropout_p, problem.philox_seed, problem.philox_offset)),
-        block_rows(forward_block_rows<Real>(problem, threads)),
+        block_rows(query_block_rows<Real>(problem, threads)),
         row_blocks((p.query_length + block_rows - 1) / block_rows) {}
 
   int64_t items() const { return p.batch * p.heads * row_blocks; }
@@ -93,7 +84,7 @@ struct Forward {
     const int64_t kv_head = block.head / (p.heads / p.kv_heads);
     constexpr int64_t tile = kForwardKeys * kMaxVectors * kLanes<Real>;
 
-    block.query = scratch.take<Real>(lanes * p.head_dim);
+    block.query = load_query_panels<Real>(p, block.batch, block.head, block.row, block.rows, block.panels, scratch);
     block.out = scratch.take<Real>(lanes * p.value_dim);
     for (Real** array : {&block.maximum, &block.old_maximum, &block.sum, &block.rescale})
       *array = scratch.take<Real>(lanes);
@@ -104,7 +95,6 @@ struct Forward {
     Real* key_scratch = scratch.take<Real>(kForwardKeys * p.head_dim);
     Real* value_scratch = scratch.take<Real>(kForwardKeys * p.value_dim);
 
-    load_query(block, scratch);
     start(block);
     const bool few_queries = block.rows <= kFewQueries;
     const KeyRange range = stage.band.keys_of_any(block.row, block.row + block.rows);
@@ -112,8 +102,7 @@ struct Forward {
       const int64_t keys = smaller(kForwardKeys, range.end - key);
       BiasTile<Real> bias;
       if (stage.mask_is_per_key()) {
-        if (!load_bias_per_key(stage, key, keys, block.bias)) continue;
-        bias.per_key = block.bias;
+        if (!load_bias_per_key(stage.mask_rows, key, keys, block.bias, bias)) continue;
       }
       const Rows<Real> key_rows =
           key_value_rows(p.key, block.batch, kv_head, key, keys, p.head_dim, few_queries, key_scratch);
@@ -126,16 +115,6 @@ struct Forward {
       }
     }
     finish(block, scratch);
-  }
-
-  void load_query(const Block& block, Scratch& scratch) const {
-    Real* memory = scratch.take<Real>(block.rows * round_up(p.head_dim, kLanes<Real>));
-    const Rows<Real> rows = padded_rows(p.query, block.batch, block.head, block.row, block.rows, p.head_dim, memory);
-    for (int i = 0; i < block.panels.count; ++i) {
-      const int64_t offset = block.panels.offset[i];
-      pack_panel(block.query + offset * p.head_dim, block.panels.vectors[i] * kLanes<Real>,
-                 rows.data + offset * rows.stride, rows.stride, block.rows - offset, p.head_dim);
-    }
   }
 
   // A sink is a key that is always attended and has value 0.
@@ -156,19 +135,24 @@ struct Forward {
     const int64_t row = block.row + offset, rows = smaller(width, block.rows - offset);
     const KeySpan span = KeySpan::of(stage.band, row, rows, key, keys, kTileRows<kVectors>);
     if (span.empty()) return;
-    if (stage.mask && bias.per_key == nullptr) {
-      if (!load_bias_per_lane(stage, row, rows, width, key, span.begin, span.end, block.staging, block.bias)) return;
-      bias.per_lane = block.bias;
+    if (stage.mask && !stage.mask_is_per_key() &&
+        !load_bias_per_lane(stage.mask_rows, row, rows, width, key, span.begin, span.end, block.staging, block.bias,
+                            bias)) {
+      return;
     }
     Real *maximum = block.maximum + offset, *old_maximum = block.old_maximum + offset,
          *rescale = block.rescale + offset;
     __builtin_memcpy(old_maximum, maximum, width * sizeof(Real));
+    const bool in_place = block.rows <= kFewQueries && p.dtype == kStoredAs<Real>;
+    if (in_place) prefetch_rows(value_rows, span.begin, span.end - span.begin, p.value_dim);
     score_tile<Real, kVectors, true>(stage, bias, span, p.head_dim, key_rows, block.query + offset * p.head_dim, row,
                                      key, block.scores, nullptr, maximum);
+    prefetch_next_bias(stage.mask_rows, block.row, block.rows, offset, width, key, keys);
     softmax_tile<Real, kVectors>(span.begin, span.end, block.scores, old_maximum, maximum, block.sum + offset, rescale);
     if (p.dropout_p > 0) {
       drop<kVectors>(block, row, key, span);
     }
+    if (in_place) prefetch_rows(key_rows, keys, keys, p.head_dim);
     combine_rows<Real, kVectors, true>(p.value_dim, span.end - span.begin,
                                        value_rows.data + span.begin * value_rows.stride, value_rows.stride,
                                        block.scores + span.begin * width, block.out + offset * p.value_dim, rescale);

@@ -78,13 +78,17 @@ TA_NOINLINE Real sum_slope_gradient(const ScoreStage<Real>& stage, int64_t row, 
 }
 
 // Weights and score gradients of one panel with one block of keys.
-template <class Real>
+template <class RealType>
 struct GradientTile {
+  using Real = RealType;
+  using Block = RowBlock<Real>;
+  using Tensors = BackwardTensors;
+
   const AttentionProblem& p;
   Dropout dropout;
   TileScratch<Real> scratch;
 
-  GradientTile(const AttentionProblem& problem, Scratch& memory)
+  GradientTile(const AttentionProblem& problem, const BackwardTensors&, Scratch& memory)
       : p(problem),
         dropout(Dropout::make(problem.dropout_p, problem.philox_seed, problem.philox_offset)),
         scratch(problem, memory) {}
@@ -117,8 +121,8 @@ struct GradientTile {
   }
 
   // The elementwise part: weights holds the scores divided by score_factor, gradients holds grad_out·value.
-  template <int kVectors, class Block>
-  TA_INLINE void finish(const Block& block, const ScoreStage<Real>& stage, int64_t offset, int64_t key,
+  template <int kVectors, class AnyBlock>
+  TA_INLINE void finish(const AnyBlock& block, const ScoreStage<Real>& stage, int64_t offset, int64_t key,
                         const KeySpan& span, Real score_factor, Wanted wanted, Real* weights, Real* gradients,
                         Real* slope_gradient) const {
     constexpr int64_t width = kVectors * kLanes<Real>;

@@ -8,20 +8,20 @@
 
 namespace torch_attn::cpu::TORCH_ATTN_ISA {
 
-// The scores' gradient, panel by panel. MaskGradient takes any such source.
-template <class RealType>
+// The scores' gradient, panel by panel, by a tile as backward_walk.h takes it. MaskGradient takes any such source.
+template <class Tile>
 struct BackwardScores {
-  using Real = RealType;
-  using Block = RowBlock<Real>;
-  using Tensors = BackwardTensors;
+  using Real = typename Tile::Real;
+  using Block = typename Tile::Block;
+  using Tensors = typename Tile::Tensors;
 
   const AttentionProblem& p;
-  GradientTile<Real> tile;
+  Tile tile;
   Real *weights, *gradients, *key_scratch, *value_scratch;
   Rows<Real> key_rows{}, value_rows{};  // the block of keys
 
-  BackwardScores(const AttentionProblem& problem, const BackwardTensors&, Scratch& scratch)
-      : p(problem), tile(p, scratch) {
+  BackwardScores(const AttentionProblem& problem, const Tensors& tensors, Scratch& scratch)
+      : p(problem), tile(p, tensors, scratch) {
     constexpr int64_t size = kBackwardKeys * kMaxVectors * kLanes<Real>;
     weights = scratch.take<Real>(size);
     gradients = scratch.take<Real>(size);
@@ -44,9 +44,8 @@ struct BackwardScores {
   template <int kVectors>
   TA_INLINE const Real* score_gradients(const Block& block, const ScoreStage<Real>& stage, int64_t key,
                                         const KeySpan& span) const {
-    const bool any =
-        tile.template compute<kVectors>(block, stage, 0, key, span, key_rows, value_rows,
-                                        GradientTile<Real>::Wanted::kScoreGradients, weights, gradients, nullptr);
+    const bool any = tile.template compute<kVectors>(block, stage, 0, key, span, key_rows, value_rows,
+                                                     Tile::Wanted::kScoreGradients, weights, gradients, nullptr);
     return any ? gradients : nullptr;
   }
 };

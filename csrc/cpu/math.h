@@ -46,6 +46,9 @@ struct VectorMath {
   static TA_INLINE Value select_equal(Value a, Value b, Value if_equal, Value otherwise) {
     return a == b ? if_equal : otherwise;
   }
+  static TA_INLINE Value select_less(Value a, Value b, Value if_less, Value otherwise) {
+    return a < b ? if_less : otherwise;
+  }
   static TA_INLINE Value abs(Value x) { return (Value)((Int)x & ~(Int)splat(Real(-0.0))); }
 
   // About 1 ulp; a NaN stays one. The kernels only pass x ≤ 0, up to rounding; above 88 (double: 709) the result is

@@ -56,6 +56,15 @@ TA_INLINE Rows<Real> key_value_rows(const TensorView& view, int64_t batch, int64
   return {scratch, columns};
 }
 
+// Asks for rows that are about to be read out of order.
+template <class Real>
+TA_INLINE void prefetch_rows(Rows<Real> rows, int64_t first, int64_t count, int64_t columns) {
+  for (int64_t i = first; i < first + count; ++i) {
+    const char* row = reinterpret_cast<const char*>(rows.data + i * rows.stride);
+    for (int64_t j = 0; j < columns * static_cast<int64_t>(sizeof(Real)); j += 64) __builtin_prefetch(row + j, 0, 2);
+  }
+}
+
 // panel[j · width + i] = in[i · in_stride + j] for i < rows and j < columns; the lanes from rows to width are zero.
 // Reads in up to a multiple of the vector length beyond columns: in must be padded so.
 template <class Real>

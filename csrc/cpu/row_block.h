@@ -32,13 +32,9 @@ template <class Real, int kVectors>
 TA_INLINE bool load_bias(const ScoreStage<Real>& stage, const TileScratch<Real>& tile, int64_t row, int64_t rows,
                          int64_t key, const KeySpan& span, BiasTile<Real>& bias) {
   if (!stage.mask) return true;
-  if (stage.mask_is_per_key()) {
-    bias.per_key = tile.bias;
-    return load_bias_per_key(stage, key, span.end, tile.bias);
-  }
-  bias.per_lane = tile.bias;
-  return load_bias_per_lane(stage, row, rows, kVectors * kLanes<Real>, key, span.begin, span.end, tile.staging,
-                            tile.bias);
+  if (stage.mask_is_per_key()) return load_bias_per_key(stage.mask_rows, key, span.end, tile.bias, bias);
+  return load_bias_per_lane(stage.mask_rows, row, rows, kVectors * kLanes<Real>, key, span.begin, span.end,
+                            tile.staging, tile.bias, bias);
 }
 
 // exp of a score minus its row's logsumexp. Where a large logsumexp has been rounded (see RowBlock::normalise_weights)

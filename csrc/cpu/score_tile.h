@@ -5,8 +5,8 @@
 #include "../core/mask.h"
 #include "../core/score_mod.h"
 #include "gemm.h"
+#include "mask_tile.h"
 #include "math.h"
-#include "pack.h"
 
 namespace torch_attn::cpu::TORCH_ATTN_ISA {
 
@@ -42,76 +42,90 @@ struct ScoreStage {
   ScoreMod<VectorMath<Real>> mod;
   BandMask band;
   bool softcap, alibi, mask;
-  const char* mask_data = nullptr;  // the mask's element (batch, head, 0, 0)
-  ScalarType mask_dtype = ScalarType::kBool;
-  int64_t mask_row_stride = 0, mask_column_stride = 0;  // in bytes; in elements
-  int64_t keys;                                         // the mask's row length
+  MaskRows mask_rows;
 
   ScoreStage(const AttentionProblem& p, int64_t batch, int64_t head)
       : mod{static_cast<Real>(p.scale), static_cast<Real>(p.softcap)},
-        band(band_mask(p, batch)),
+        band(band_mask_of_selected_rows(p, batch)),
         softcap(p.softcap != 0),
         alibi(p.alibi_slopes.defined()),
-        mask(p.attn_mask.defined()),
-        keys(p.key_length) {
+        mask(p.attn_mask.defined()) {
     if (alibi) mod.slope = head_number<Real>(p.alibi_slopes, batch, head);
     if (mask) {
-      mask_data = element(p.attn_mask, batch, head, 0);
-      mask_dtype = p.attn_mask.dtype;
-      mask_row_stride = p.attn_mask.stride[2] * element_size(mask_dtype);
-      mask_column_stride = p.attn_mask.stride[3];
+      mask_rows = {element(p.attn_mask, batch, head, 0), p.attn_mask.dtype,
+                   p.attn_mask.stride[2] * element_size(p.attn_mask.dtype), p.attn_mask.stride[3], p.key_length};
     }
   }
 
-  TA_INLINE bool changes_elements() const { return softcap || alibi || mask; }
+  TA_INLINE bool changes_elements(const BiasTile<Real>& bias) const { return softcap || alibi || !bias.empty(); }
   // What dots are multiplied by as they leave the registers; softcap applies the scale itself.
   TA_INLINE Real dot_factor() const { return softcap ? Real{1} : mod.scale; }
-  TA_INLINE bool mask_is_per_key() const { return mask && mask_row_stride == 0; }
-  TA_INLINE const char* mask_element(int64_t row, int64_t key) const {
-    return mask_data + row * mask_row_stride + key * mask_column_stride * element_size(mask_dtype);
-  }
+  TA_INLINE bool mask_is_per_key() const { return mask && mask_rows.row_stride == 0; }
 };
 
-// The mask's values for a tile: none, one per key, or one per key and lane.
-template <class Real>
-struct BiasTile {
-  const Real* per_key = nullptr;
-  const Real* per_lane = nullptr;  // [key][lane]
-};
+enum class Bias { kNone, kPerKey, kPerLane, kAttended };
 
-template <class Real>
-TA_NOINLINE bool all_masked(const Real* bias, int64_t count) {
-  const Real nothing = -static_cast<Real>(__builtin_inf());
-  for (int64_t i = 0; i < count; ++i) {
-    if (!(bias[i] == nothing)) return false;
+// modify_scores for one vector of lanes, with what it has to do known at compile time.
+template <class Real, int kVectors, Bias kBias, bool kBand, bool kCurved>
+TA_INLINE void modify_lanes(const ScoreStage<Real>& stage, const BiasTile<Real>& bias, int64_t lane, int64_t row,
+                            int64_t key, int64_t begin, int64_t end, Real factor, Real* scores, Real* derivative,
+                            Real* maximum) {
+  using Math = VectorMath<Real>;
+  using Int = IntVec<Real>;
+  using Unsigned = typename VecTypes<Real>::Unsigned;
+  constexpr int width = kVectors * kLanes<Real>;
+  const BandMask& band = stage.band;
+  // As far as they lie near the block: numbers beyond it may not fit an Int.
+  const auto near = [&](int64_t x) { return splat_int<Real>(x < -width ? -width : x > end ? end : x); };
+  Int first{}, last{};
+  if constexpr (kBand) {
+    const int64_t position = band.position(row) - key;
+    first = near(position - band.window_left + lane) + lane_numbers<Real>();
+    last = near(position + band.window_right + lane) + lane_numbers<Real>();
+    const Int last_valid = near(band.key_length - 1 - key);
+    last = last < last_valid ? last : last_valid;
   }
-  return true;
-}
-
-// Loads the mask's values for keys [key, key + keys), as far as they exist, as one value per key. False if they mask
-// every key.
-template <class Real>
-TA_INLINE bool load_bias_per_key(const ScoreStage<Real>& stage, int64_t key, int64_t keys, Real* out) {
-  keys = smaller(keys, stage.keys - key);
-  load_row(out, stage.mask_dtype, stage.mask_element(0, key), stage.mask_column_stride, keys);
-  return !all_masked(out, keys);
-}
-
-// Loads them as one value per key and lane, for rows [row, row + rows) and the block's keys [begin, end); out is
-// indexed from the block's first key. staging holds width × round_up(keys, lanes). False if they mask everything.
-template <class Real>
-TA_NOINLINE bool load_bias_per_lane(const ScoreStage<Real>& stage, int64_t row, int64_t rows, int64_t width,
-                                    int64_t key, int64_t begin, int64_t end, Real* staging, Real* out) {
-  const int64_t keys = smaller(end, stage.keys - key) - begin, stride = round_up(keys, kLanes<Real>);
-  bool nothing_attended = true;
-  for (int64_t i = 0; i < rows; ++i) {
-    Real* values = staging + i * stride;
-    load_row(values, stage.mask_dtype, stage.mask_element(row + i, key + begin), stage.mask_column_stride, keys);
-    nothing_attended = nothing_attended && all_masked(values, keys);
-    for (int64_t j = keys; j < stride; ++j) values[j] = 0;
+  Vec<Real> position{};
+  if constexpr (kCurved) {
+    if (stage.alibi) {
+      for (int i = 0; i < kLanes<Real>; ++i) position[i] = static_cast<Real>(band.position(row + lane + i) - key);
+    }
   }
-  pack_panel(out + begin * width, width, staging, stride, rows, keys);
-  return !nothing_attended;
+  Vec<Real> highest{};
+  if (maximum != nullptr) highest = load(maximum + lane);
+  Unsigned attended{};
+  for (int64_t j = begin; j < end; ++j) {
+    const int64_t offset = j * width + lane;
+    Vec<Real> score = load(scores + offset) * factor;
+    if constexpr (kCurved) {
+      if (stage.softcap) {
+        score = stage.mod.capped(score);
+        if (derivative != nullptr) store(derivative + offset, stage.mod.capped_derivative(score));
+      }
+      if (stage.alibi) {
+        score += ScoreMod<Math>::alibi_derivative(splat(static_cast<Real>(j)) - position) * stage.mod.slope;
+      }
+    }
+    if constexpr (kBias == Bias::kPerKey || kBias == Bias::kPerLane) {
+      const Vec<Real> added = kBias == Bias::kPerLane ? load(bias.per_lane + offset) : splat(bias.per_key[j]);
+      score = Math::select_equal(added, Math::negative_infinity(), Math::negative_infinity(), score + added);
+    }
+    if constexpr (kBias == Bias::kAttended) {
+      const int64_t bit = j % kKeysPerWord<Real>;
+      if (bit == 0 || j == begin) {
+        attended = (Unsigned)load(reinterpret_cast<const Real*>(bias.attended + j / kKeysPerWord<Real> * width + lane));
+      }
+      const Unsigned wanted = (Unsigned)splat_int<Real>(int64_t{1} << bit);
+      score = (attended & wanted) != 0 ? score : Math::negative_infinity();
+    }
+    if constexpr (kBand) {
+      const Int number = splat_int<Real>(j);
+      score = (number < first) | (number > last) ? Math::negative_infinity() : score;
+    }
+    store(scores + offset, score);
+    highest = max(highest, score);
+  }
+  if (maximum != nullptr) store(maximum + lane, highest);
 }
 
 // Dots become scores, in place, for the block's keys [begin, end) and a panel that starts at row: first they are
@@ -122,47 +136,23 @@ template <class Real, int kVectors>
 TA_NOINLINE void modify_scores(const ScoreStage<Real>& stage, const BiasTile<Real>& bias, bool band_applies,
                                int64_t row, int64_t key, int64_t begin, int64_t end, Real factor, Real* scores,
                                Real* derivative, Real* maximum) {
-  using Math = VectorMath<Real>;
-  using Int = IntVec<Real>;
-  constexpr int n_lanes = kLanes<Real>, width = kVectors * n_lanes;
-  alignas(64) typename VecTypes<Real>::IntElement first_key[width], end_key[width];
-  alignas(64) Real position[width];
-  for (int i = 0; i < width; ++i) {
-    const KeyRange range = stage.band.keys_of_row(row + i);
-    const auto clamp = [&](int64_t x) { return x < 0 ? int64_t{0} : x > end ? end : x; };
-    first_key[i] = band_applies ? clamp(range.begin - key) : 0;
-    end_key[i] = band_applies ? clamp(range.end - key) : end;
-    position[i] = static_cast<Real>(stage.band.position(row + i) - key);
-  }
-#pragma GCC unroll 4
-  for (int n = 0; n < kVectors; ++n) {
-    const Int first = *reinterpret_cast<const Int*>(first_key + n * n_lanes);
-    const Int last = *reinterpret_cast<const Int*>(end_key + n * n_lanes) - 1;
-    const Vec<Real> lane_position = load(position + n * n_lanes);
-    Vec<Real> highest{};
-    if (maximum != nullptr) highest = load(maximum + n * n_lanes);
-    for (int64_t j = begin; j < end; ++j) {
-      Real* place = scores + j * width + n * n_lanes;
-      Vec<Real> score = load(place) * factor;
-      if (stage.softcap) {
-        score = stage.mod.capped(score);
-        if (derivative != nullptr) store(derivative + j * width + n * n_lanes, stage.mod.capped_derivative(score));
-      }
-      if (stage.alibi) {
-        score += ScoreMod<Math>::alibi_derivative(splat(static_cast<Real>(j)) - lane_position) * stage.mod.slope;
-      }
-      if (stage.mask) {
-        const Vec<Real> added =
-            bias.per_lane != nullptr ? load(bias.per_lane + j * width + n * n_lanes) : splat(bias.per_key[j]);
-        score = Math::select_equal(added, Math::negative_infinity(), Math::negative_infinity(), score + added);
-      }
-      const Int number = splat_int<Real>(j);
-      score = (number < first) | (number > last) ? Math::negative_infinity() : score;
-      store(place, score);
-      highest = max(highest, score);
+  const auto with = [&]<Bias kBias, bool kBand, bool kCurved>() TA_INLINE_LAMBDA {
+    for (int64_t lane = 0; lane < kVectors * kLanes<Real>; lane += kLanes<Real>) {
+      modify_lanes<Real, kVectors, kBias, kBand, kCurved>(stage, bias, lane, row, key, begin, end, factor, scores,
+                                                          derivative, maximum);
     }
-    if (maximum != nullptr) store(maximum + n * n_lanes, highest);
-  }
+  };
+  const auto with_bias = [&]<Bias kBias>() TA_INLINE_LAMBDA {
+    if (stage.softcap || stage.alibi) {
+      band_applies ? with.template operator()<kBias, true, true>() : with.template operator()<kBias, false, true>();
+    } else {
+      band_applies ? with.template operator()<kBias, true, false>() : with.template operator()<kBias, false, false>();
+    }
+  };
+  if (bias.per_lane != nullptr) return with_bias.template operator()<Bias::kPerLane>();
+  if (bias.per_key != nullptr) return with_bias.template operator()<Bias::kPerKey>();
+  if (bias.attended != nullptr) return with_bias.template operator()<Bias::kAttended>();
+  with_bias.template operator()<Bias::kNone>();
 }
 
 // The scores of a panel with the keys of span. kTrackMaximum: maximum is raised to include them.
@@ -174,7 +164,7 @@ TA_INLINE void score_tile(const ScoreStage<Real>& stage, const BiasTile<Real>& b
     dot_rows<Real, kVectors, false>(begin, end, dim, keys.data, keys.stride, panel, stage.dot_factor(), scores,
                                     nullptr);
   };
-  if (stage.changes_elements()) {
+  if (stage.changes_elements(bias)) {
     dots(span.begin, span.end);
     modify_scores<Real, kVectors>(stage, bias, span.has_edges(), row, key, span.begin, span.end, 1, scores, derivative,
                                   maximum);

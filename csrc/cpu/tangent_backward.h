@@ -3,7 +3,7 @@
 // instantiate/*.cpp.
 #pragma once
 
-#include "backward.h"
+#include "backward_tasks.h"
 #include "tangent_gradient_tile.h"
 
 namespace torch_attn::cpu::TORCH_ATTN_ISA {

@@ -57,7 +57,7 @@ struct TangentForward {
         tangents(problem_of_tangents(problem, all_tangents)),
         changes(all_tangents),
         dropout(Dropout::make(problem.dropout_p, problem.philox_seed, problem.philox_offset)),
-        block_rows(forward_block_rows<Real>(problem, threads)),
+        block_rows(query_block_rows<Real>(problem, threads)),
         row_blocks((p.query_length + block_rows - 1) / block_rows) {}
 
   int64_t items() const { return p.batch * p.heads * row_blocks; }
@@ -160,7 +160,7 @@ struct TangentForward {
                                stage.dot_factor(), block.score_tangents);
       BiasTile<Real> tangent_bias;
       load_bias<Real, kVectors>(added, block.tangent_tile, row, rows, key, span, tangent_bias);
-      if (stage.softcap || added.changes_elements()) {
+      if (stage.softcap || added.changes_elements(tangent_bias)) {
         tangent_scores<Real, kVectors>(stage, added, tangent_bias, row, key, span.begin, span.end, block.score_tangents,
                                        block.tile.derivative, nullptr);
       }

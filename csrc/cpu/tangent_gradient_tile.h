@@ -197,9 +197,9 @@ struct TangentGradientTile {
     dot_sums<Real, kVectors>(span, p.head_dim, {{keys.tangent_key, query}, {keys.key, tangent_query}},
                              stage.dot_factor(), tile.tangent_weights);
     const ScoreStage<Real> added(t.tangents, block.batch, block.head);
-    if (stage.softcap || added.changes_elements()) {
-      BiasTile<Real> tangent_bias;
-      load_bias<Real, kVectors>(added, tangent_scratch, row, rows, key, span, tangent_bias);
+    BiasTile<Real> tangent_bias;
+    load_bias<Real, kVectors>(added, tangent_scratch, row, rows, key, span, tangent_bias);
+    if (stage.softcap || added.changes_elements(tangent_bias)) {
       tangent_scores<Real, kVectors>(stage, added, tangent_bias, row, key, span.begin, span.end, tile.tangent_weights,
                                      scratch.derivative, curvature);
     }

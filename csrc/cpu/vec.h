@@ -43,6 +43,7 @@ struct VecTypes<float> {
   typedef int32_t Int __attribute__((vector_size(TA_VECTOR_BYTES)));
   typedef uint32_t Unsigned __attribute__((vector_size(TA_VECTOR_BYTES)));
   using IntElement = int32_t;
+  using WordElement = uint32_t;
 };
 
 template <>
@@ -52,6 +53,7 @@ struct VecTypes<double> {
   typedef int64_t Int __attribute__((vector_size(TA_VECTOR_BYTES)));
   typedef uint64_t Unsigned __attribute__((vector_size(TA_VECTOR_BYTES)));
   using IntElement = int64_t;
+  using WordElement = uint64_t;
 };
 
 template <class Real>
@@ -120,6 +122,34 @@ TA_INLINE Vec<double> max(Vec<double> a, Vec<double> b) {
 #endif
 }
 
+// The lanes in which a comparison holds, as bits.
+TA_INLINE unsigned lane_bits(IntVec<float> comparison) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)comparison);
+#elif defined(__AVX2__)
+  return static_cast<unsigned>(_mm256_movemask_ps((__m256)comparison));
+#elif defined(__x86_64__)
+  return static_cast<unsigned>(_mm_movemask_ps((__m128)comparison));
+#else
+  unsigned bits = 0;
+  for (int i = 0; i < kLanes<float>; ++i) bits |= (comparison[i] != 0 ? 1u : 0u) << i;
+  return bits;
+#endif
+}
+TA_INLINE unsigned lane_bits(IntVec<double> comparison) {
+#if defined(__AVX512F__)
+  return _mm512_movepi64_mask((__m512i)comparison);
+#elif defined(__AVX2__)
+  return static_cast<unsigned>(_mm256_movemask_pd((__m256d)comparison));
+#elif defined(__x86_64__)
+  return static_cast<unsigned>(_mm_movemask_pd((__m128d)comparison));
+#else
+  unsigned bits = 0;
+  for (int i = 0; i < kLanes<double>; ++i) bits |= (comparison[i] != 0 ? 1u : 0u) << i;
+  return bits;
+#endif
+}
+
 // The 64-bit products of the lower halves of 64-bit lanes with a 32-bit number.
 typedef uint64_t WideVec __attribute__((vector_size(TA_VECTOR_BYTES)));
 TA_INLINE WideVec multiply_low_halves(WideVec a, uint32_t b) {
@@ -163,11 +193,11 @@ TA_INLINE void transpose_in_registers(Vec<Real> (&rows)[kLanes<Real>]) {
 }
 
 template <class T>
-TA_INLINE T smaller(T a, T b) {
+TA_INLINE constexpr T smaller(T a, T b) {
   return b < a ? b : a;
 }
 template <class T>
-TA_INLINE T larger(T a, T b) {
+TA_INLINE constexpr T larger(T a, T b) {
   return a < b ? b : a;
 }
 TA_INLINE int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }

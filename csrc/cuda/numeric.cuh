@@ -26,6 +26,7 @@ struct Math {
   TA_DEVICE static R negative_infinity() { return -static_cast<R>(INFINITY); }
   TA_DEVICE static R abs(R x) { return x < 0 ? -x : x; }
   TA_DEVICE static R select_equal(R a, R b, R if_equal, R otherwise) { return a == b ? if_equal : otherwise; }
+  TA_DEVICE static R select_less(R a, R b, R if_less, R otherwise) { return a < b ? if_less : otherwise; }
   TA_DEVICE static R exp(R x);
   TA_DEVICE static R log(R x);
   TA_DEVICE static R tanh(R x);

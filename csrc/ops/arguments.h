@@ -164,6 +164,12 @@ struct DropoutArguments {
   auto flat() const { return std::tie(rng_state, batch, heads, query_length, key_length, dropout_p); }
 };
 
+// Which rows of a longer query the rows of a call are: see AttentionProblem::query_rows.
+struct SelectedRows {
+  OptionalTensor rows;                 // (L'), int64, each in [0, query_length), in any order
+  std::optional<SymInt> query_length;  // given with rows
+};
+
 // torch_attn::cuda_tiers
 struct CudaTiersArguments {
   using Types = Concatenated<Concatenated<TypeList<const Tensor&, const Tensor&, const Tensor&>, Options::Types>,

@@ -14,14 +14,6 @@ std::string dtype_text(const Tensor& tensor) { return dtype_text(tensor.scalar_t
 
 constexpr const char* kSupportedDtypes = "float64, float32, bfloat16 or float16";
 
-bool has_shape(const Tensor& tensor, c10::SymIntArrayRef sizes) {
-  if (tensor.dim() != static_cast<int64_t>(sizes.size())) return false;
-  int64_t dim = 0;
-  for (const SymInt& size : sizes)
-    if (!tensor.sym_size(dim++).sym_eq(size).expect_true(__FILE__, __LINE__)) return false;
-  return true;
-}
-
 bool is_supported(at::ScalarType type) {
   return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
 }
@@ -123,12 +115,6 @@ void check_options(const ForwardArguments& a) {
   }
 }
 
-void check_rng_state(const Tensor& state, const char* op) {
-  TORCH_CHECK(has_shape(state, {kRngStateSize}) && state.scalar_type() == at::kLong, op,
-              ": rng_state must be an int64 tensor of shape (3,), but it is of dtype ", dtype_text(state),
-              " and shape ", shape_text(state), ".");
-}
-
 void check_tangent(const OptionalTensor& tangent, const Tensor& primal, const char* name, const char* op) {
   if (!is_defined(tangent)) return;
   TORCH_CHECK(has_shape(*tangent, primal.sym_sizes()), op, ": ", name, " must have the shape of its primal, ",
@@ -153,6 +139,20 @@ void check_tangents(const Tangents& t, const ForwardArguments& a, const char* op
 }
 
 }  // namespace
+
+bool has_shape(const Tensor& tensor, c10::SymIntArrayRef sizes) {
+  if (tensor.dim() != static_cast<int64_t>(sizes.size())) return false;
+  int64_t dim = 0;
+  for (const SymInt& size : sizes)
+    if (!tensor.sym_size(dim++).sym_eq(size).expect_true(__FILE__, __LINE__)) return false;
+  return true;
+}
+
+void check_rng_state(const Tensor& state, const char* op) {
+  TORCH_CHECK(has_shape(state, {kRngStateSize}) && state.scalar_type() == at::kLong, op,
+              ": rng_state must be an int64 tensor of shape (3,), but it is of dtype ", dtype_text(state),
+              " and shape ", shape_text(state), ".");
+}
 
 std::string shape_text(c10::SymIntArrayRef sizes) {
   std::ostringstream text;

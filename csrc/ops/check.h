@@ -25,6 +25,11 @@ void check_arguments(const DropoutArguments& arguments);
 // Expected is (batch..., heads, query_length, key_length).
 void check_mask_broadcasts(const Tensor& attn_mask, c10::SymIntArrayRef expected);
 
+// op: for the message.
+void check_rng_state(const Tensor& state, const char* op);
+
+bool has_shape(const Tensor& tensor, c10::SymIntArrayRef sizes);
+
 Alignment parse_alignment(std::string_view name);
 
 // For messages: "(2, 8, 5, 64)".

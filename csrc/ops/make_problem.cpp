@@ -41,6 +41,8 @@ Tensor checked_key_lengths(const Tensor& key_lengths, int64_t key_length) {
   return lengths;
 }
 
+}  // namespace
+
 void set_rng_state(AttentionProblem& p, const Tensor& rng_state) {
   TORCH_CHECK(rng_state.is_contiguous(), "attention: rng_state must be contiguous, but its stride is ",
               rng_state.stride(0), ".");
@@ -53,8 +55,6 @@ void set_rng_state(AttentionProblem& p, const Tensor& rng_state) {
   p.philox_offset = static_cast<uint64_t>(state[1]);
   p.dropout_batches = state[2];
 }
-
-}  // namespace
 
 Tensor with_unit_column_stride(const Tensor& tensor) {
   const bool is_unit = tensor.size(-1) <= 1 || tensor.stride(-1) == 1;

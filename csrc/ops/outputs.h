@@ -33,19 +33,20 @@ inline Tensor per_head_gradient(const Tensor& gradient, const Tensor& input) {
   return (input.dim() == 2 ? gradient : gradient.sum(0)).to(input.scalar_type());
 }
 
-// (seed, offset, batch period) of the dropout bits: the seed is drawn with the device's default generator once per
-// call; zeros without dropout. A period n makes batch entry b share the bits of b modulo n; 0: each entry has its own.
-// Operators, not generator calls, so that vmap's randomness modes and tracing apply.
-inline Tensor make_rng_state(double dropout_p, const Tensor& query) {
+// (seed, offset, batch period) of a call's random bits: the seed is drawn with the device's default generator once per
+// call; zeros where it needs none. A period n makes batch entry b share the bits of b modulo n; 0: each entry has its
+// own. Operators, not generator calls, so that vmap's randomness modes and tracing apply.
+inline Tensor make_rng_state(bool is_random, const Tensor& query,
+                             const std::optional<at::Generator>& generator = std::nullopt) {
   const auto options = query.options().dtype(at::kLong);
-  if (dropout_p == 0) return at::zeros({kRngStateSize}, options);
-  const Tensor seed = at::randint(std::numeric_limits<int64_t>::max(), {1}, options);
+  if (!is_random) return at::zeros({kRngStateSize}, options);
+  const Tensor seed = at::randint(std::numeric_limits<int64_t>::max(), {1}, generator, options);
   return at::constant_pad_nd(seed, {0, kRngStateSize - 1});
 }
 
 // The state that the call was given, as an output of its own, or a new one.
 inline Tensor rng_state_of(const ForwardArguments& a) {
-  return is_defined(a.rng_state) ? a.rng_state->clone() : make_rng_state(a.options.dropout_p, a.query);
+  return is_defined(a.rng_state) ? a.rng_state->clone() : make_rng_state(a.options.dropout_p > 0, a.query);
 }
 
 }  // namespace torch_attn::ops

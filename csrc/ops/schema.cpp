@@ -7,10 +7,22 @@
 namespace {
 
 // Also the order of ops/arguments.h's Options.
-const std::string kOptions =
-    "Tensor? attn_mask=None, float dropout_p=0.0, bool is_causal=False, float? scale=None, SymInt? window_left=None, "
-    "SymInt? window_right=None, str causal_alignment=\"top_left\", Tensor? alibi_slopes=None, float softcap=0.0, "
-    "Tensor? sinks=None, Tensor? key_lengths=None";
+const std::string kMask = "Tensor? attn_mask=None, ";
+const std::string kShaping =
+    "bool is_causal=False, float? scale=None, SymInt? window_left=None, SymInt? window_right=None, "
+    "str causal_alignment=\"top_left\", Tensor? alibi_slopes=None, float softcap=0.0, Tensor? sinks=None, "
+    "Tensor? key_lengths=None";
+const std::string kOptions = kMask + "float dropout_p=0.0, " + kShaping;
+const std::string kScoreOptions = kMask + kShaping;  // without dropout; the order of ScoreOptions
+const std::string kMapInputs = "Tensor query, Tensor key, *, ";
+const std::string kMapGradients =
+    " -> (Tensor grad_query, Tensor grad_key, Tensor grad_attn_mask, Tensor grad_alibi_slopes, Tensor grad_sinks)";
+const std::string kStatisticsOptions = ", int top_k=0, SymInt? mass_window=None, bool column_sum=True";
+const std::string kStatistics =
+    " -> (Tensor logsumexp, Tensor entropy, Tensor max_weight, Tensor argmax, Tensor mean_distance, "
+    "Tensor window_mass, Tensor top_weights, Tensor top_indices, Tensor column_sum)";
+const std::string kSelectedRows = "Tensor? query_rows=None, SymInt? query_length=None, bool mean=False";
+
 const std::string kInputs = "Tensor query, Tensor key, Tensor value, *, ";
 const std::string kTangents =
     "Tensor? tangent_query, Tensor? tangent_key, Tensor? tangent_value, Tensor? tangent_attn_mask, "
@@ -59,6 +71,61 @@ TORCH_LIBRARY_FRAGMENT(torch_attn, m) {
   define(
       "dropout_keep_mask(Tensor rng_state, SymInt batch, SymInt heads, SymInt query_length, SymInt key_length, "
       "float dropout_p) -> Tensor",
+      pure);
+
+  // Attention maps: what users call, and what kernels implement.
+  define("attention_weights(" + kMapInputs + kScoreOptions +
+             ", Tensor? logsumexp=None, str heads=\"all\", Tensor? queries=None, bool enable_gqa=False) -> Tensor",
+         pure);
+  define("attention_weights.heads(" + kMapInputs + kScoreOptions +
+             ", Tensor? logsumexp=None, int[] heads, Tensor? queries=None, bool enable_gqa=False) -> Tensor",
+         pure);
+  define("attention_statistics(" + kMapInputs + kScoreOptions + kStatisticsOptions + ", bool enable_gqa=False)" +
+             kStatistics,
+         pure);
+  define("attention_weights_forward(" + kMapInputs + kScoreOptions + ", Tensor? logsumexp=None, " + kSelectedRows +
+             ") -> (Tensor weights, Tensor logsumexp)",
+         pure);
+  define("attention_weights_backward(Tensor grad_weights, Tensor query, Tensor key, Tensor logsumexp, *, " +
+             kScoreOptions + ", " + kSelectedRows + ", bool[5] output_mask)" + kMapGradients,
+         pure);
+  define("attention_statistics_forward(" + kMapInputs + kScoreOptions + kStatisticsOptions + ")" + kStatistics, pure);
+  define(
+      "attention_statistics_backward(Tensor? grad_logsumexp, Tensor? grad_entropy, Tensor? grad_max_weight, "
+      "Tensor? grad_mean_distance, Tensor? grad_window_mass, Tensor? grad_top_weights, Tensor? grad_column_sum, "
+      "Tensor query, Tensor key, Tensor logsumexp, Tensor? entropy, Tensor? max_weight, Tensor? argmax, "
+      "Tensor? mean_distance, Tensor? window_mass, Tensor? top_weights, Tensor? top_indices, *, " +
+          kScoreOptions + ", SymInt? mass_window=None, bool[5] output_mask)" + kMapGradients,
+      pure);
+
+  // Hard attention: what users call, and what kernels implement.
+  define("hard_attention(" + kInputs + kScoreOptions +
+             ", str estimator=\"reinforce\", int num_samples=1, bool replacement=True, int k=1, "
+             "float temperature=1.0, Generator? generator=None, bool enable_gqa=False)"
+             " -> (Tensor output, Tensor indices, Tensor log_prob, Tensor entropy)",
+         random);
+  define("select_keys(Tensor query, Tensor key, *, " + kScoreOptions +
+             ", int count=1, bool sample=False, bool replacement=False, Tensor? rng_state=None)"
+             " -> (Tensor indices, Tensor scores, Tensor log_prob, Tensor entropy, Tensor logsumexp, Tensor rng_state)",
+         random);
+  define(
+      "select_keys_backward(Tensor? grad_scores, Tensor? grad_log_prob, Tensor? grad_entropy, Tensor? grad_logsumexp, "
+      "Tensor query, Tensor key, Tensor indices, Tensor entropy, Tensor logsumexp, *, " +
+          kScoreOptions +
+          ", bool[5] output_mask) -> (Tensor grad_query, Tensor grad_key, Tensor grad_attn_mask, "
+          "Tensor grad_alibi_slopes, Tensor grad_sinks)",
+      pure);
+  define(
+      "selection_noise(Tensor rng_state, SymInt batch, SymInt heads, SymInt query_length, SymInt key_length, int "
+      "count, "
+      "bool replacement, bool sink) -> Tensor",
+      pure);
+
+  // value (B, Hkv, S, Dv) by indices (B, Hq, R, count), weighted and summed over count: (B, Hq, R, Dv).
+  define("gather_values(Tensor value, Tensor indices, Tensor? weights=None) -> Tensor", pure);
+  define(
+      "gather_values_backward(Tensor grad_out, Tensor value, Tensor indices, Tensor? weights, bool[2] output_mask)"
+      " -> (Tensor grad_value, Tensor grad_weights)",
       pure);
 
   // About the library itself; implemented in info.cpp.

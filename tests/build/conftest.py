@@ -6,7 +6,6 @@ The wheel reuses the objects of `make build`, so it takes seconds.
 import os
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -29,12 +28,6 @@ def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", folder, wheel], check=True)
     return folder
-
-
-@pytest.fixture(scope="session")
-def environment() -> dict[str, str]:
-    """The environment with pip's cmake and ninja on the PATH."""
-    return {**os.environ, "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])}
 
 
 def run_python(code: str, site: Path | None = None, **variables: str) -> subprocess.CompletedProcess:

@@ -16,7 +16,7 @@ def test_one_wheel_serves_every_python(wheel: Path) -> None:
 
 def test_wheel_holds_the_package_the_library_and_the_cmake_package(wheel: Path) -> None:
     files = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    modules = {path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "torch_attn").glob("*.py")}
+    modules = {path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "torch_attn").rglob("*.py")}
     built = {
         "torch_attn/lib/libtorch_attn.so",
         "torch_attn/lib/build_info.json",
@@ -26,7 +26,8 @@ def test_wheel_holds_the_package_the_library_and_the_cmake_package(wheel: Path) 
         "torch_attn/share/cmake/torch_attn/torch_attnTargets-release.cmake",
         "torch_attn/share/cmake/torch_attn/torch_attnTorch.cmake",
     }
-    assert files == modules | built | {"torch_attn/py.typed"}
+    viewer = {f"torch_attn/plot/viewer/{name}" for name in ("page.html", "style.css", "maps.js", "viewer.js")}
+    assert files == modules | built | viewer | {"torch_attn/py.typed"}
 
 
 def test_wheel_requires_the_torch_it_was_built_for_and_nothing_else(wheel: Path) -> None:
@@ -64,4 +65,4 @@ print({name.split(".")[0] for name in set(sys.modules) - before})
 """
     result = run_python(code, site)
     assert result.returncode == 0, result.stderr
-    assert not {"matplotlib", "sklearn", "tqdm", "scipy"} & eval(result.stdout)
+    assert not {"matplotlib", "sklearn", "tqdm", "scipy", "transformers"} & eval(result.stdout)

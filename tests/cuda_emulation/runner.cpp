@@ -5,6 +5,7 @@
 #include <string>
 
 #include "cuda/kernels.h"
+#include "cuda/selection_kernels.h"
 #include "emulator/memory.h"
 #include "emulator/scheduler.h"
 #include "faulty_kernels.h"
@@ -82,6 +83,44 @@ int emulation_backward(const torch_attn::AttentionProblem* problem, const torch_
 
 int emulation_keep_mask(const torch_attn::AttentionProblem* problem, bool* out) {
   return guarded([&] { cuda::dropout_keep_mask(*problem, out, {}); });
+}
+
+void emulation_selection_structure_sizes(size_t* sizes) {
+  sizes[0] = sizeof(torch_attn::Selection);
+  sizes[1] = sizeof(torch_attn::SelectionOutputs);
+  sizes[2] = sizeof(torch_attn::SelectionBackwardTensors);
+  sizes[3] = sizeof(torch_attn::RowChoice);
+}
+
+int emulation_select_keys(const torch_attn::AttentionProblem* problem, const torch_attn::Selection* selection,
+                          const torch_attn::SelectionOutputs* outputs) {
+  return guarded([&] {
+    void* workspace = emulation::allocate(cuda::select_keys_workspace_bytes(*problem, *selection), sizeof(float));
+    cuda::select_keys(*problem, *selection, *outputs, workspace, {});
+  });
+}
+
+int emulation_select_keys_backward(const torch_attn::AttentionProblem* problem,
+                                   const torch_attn::SelectionBackwardTensors* tensors) {
+  return guarded([&] {
+    void* workspace = emulation::allocate(cuda::backward_workspace_bytes(*problem), sizeof(float));
+    cuda::select_keys_backward(*problem, *tensors, workspace, {});
+  });
+}
+
+int emulation_gather_rows(const torch_attn::RowChoice* choice, const torch_attn::TensorView* source,
+                          const torch_attn::TensorView* out) {
+  return guarded([&] { cuda::gather_rows(*choice, *source, *out, {}); });
+}
+
+int emulation_scatter_rows(const torch_attn::RowChoice* choice, const torch_attn::TensorView* rows,
+                           const torch_attn::TensorView* out) {
+  return guarded([&] { cuda::scatter_rows(*choice, *rows, *out, {}); });
+}
+
+int emulation_chosen_dots(const torch_attn::RowChoice* choice, const torch_attn::TensorView* rows,
+                          const torch_attn::TensorView* source, void* dots) {
+  return guarded([&] { cuda::chosen_dots(*choice, *rows, *source, dots, {}); });
 }
 
 const char* emulation_faulty_kernel_name(int kernel) { return cuda::faulty::name(kernel); }

@@ -169,3 +169,25 @@ def results(module: nn.Module, arguments: dict[str, Any], cotangent_seed: int = 
     gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     named |= {f"grad_{n}": g for n, g in zip(leaves, gradients, strict=True) if g is not None}
     return {n: x.detach() for n, x in named.items()}
+
+
+def output_from(module: nn.MultiheadAttention, value: Tensor, weights: Tensor) -> Tensor:
+    """The module's output recomputed from per-head weights (N, H, L, S), by the definition."""
+    unbatched = value.dim() == 2
+    if unbatched:
+        value, weights = value.unsqueeze(0), weights.unsqueeze(0)
+    elif not module.batch_first:
+        value = value.transpose(0, 1)
+    packed = module.in_proj_weight
+    v_weight = module.v_proj_weight if packed is None else packed.chunk(3)[2]
+    v_bias = None if module.in_proj_bias is None else module.in_proj_bias.chunk(3)[2]
+    v = nn.functional.linear(value, v_weight, v_bias)
+    if module.bias_v is not None:
+        v = torch.cat([v, module.bias_v.expand(v.size(0), 1, -1)], 1)
+    if module.add_zero_attn:
+        v = torch.cat([v, torch.zeros_like(v[:, :1])], 1)
+    out = weights @ v.unflatten(-1, (module.num_heads, -1)).transpose(1, 2)
+    out = module.out_proj(out.transpose(1, 2).flatten(-2))
+    if unbatched:
+        return out.squeeze(0)
+    return out if module.batch_first else out.transpose(0, 1)

@@ -50,8 +50,10 @@ def test_float32_is_as_accurate_as_pytorch(case: Case) -> None:
     reference = results(theirs, detached(exact_arguments, torch.float32))
     actual = results(ours(theirs), detached(exact_arguments, torch.float32))
     for name, value in actual.items():
-        scale = max(exact[name].abs().max().item(), 1.0)  # a gradient may cancel to 0 from terms of about 1
-        bound = 3 * (reference[name] - exact[name]).abs().max().item() + 8 * torch.finfo(torch.float32).eps * scale
+        # A gradient may cancel to 0 from terms of about 1, and PyTorch's own error is a matter of luck in calls this
+        # small. tests/ops measures the kernels closely; here a lost digit would show.
+        scale = max(exact[name].abs().max().item(), 1.0)
+        bound = 3 * (reference[name] - exact[name]).abs().max().item() + 64 * torch.finfo(torch.float32).eps * scale
         assert (value - exact[name]).abs().max().item() <= bound, name
 
 

@@ -111,7 +111,7 @@ def test_tangents_in_low_precision_are_near_float64(dtype: torch.dtype, isa: str
     wanted = jvp(exact, tuple(x.double() for x in primals), tuple(x.double() for x in tangents))
     for actual, value in zip((out, logsumexp, tangent_out, tangent_logsumexp), (*wanted[0], *wanted[1]), strict=True):
         eps = torch.finfo(actual.dtype).eps
-        torch.testing.assert_close(actual.double(), value, rtol=2 * eps, atol=20 * eps)
+        torch.testing.assert_close(actual.double(), value, rtol=2 * eps, atol=64 * eps)
 
 
 def test_opcheck_forward_mode_operators() -> None:

@@ -169,8 +169,7 @@ struct AmxForward {
       const int64_t keys = smaller(key_block_size, range.end - key), all_keys = round_up(keys, kTileDepth);
       BiasTile<float> bias;
       if (stage.mask_is_per_key()) {
-        if (!load_bias_per_key(stage, key, keys, block.bias)) continue;
-        bias.per_key = block.bias;
+        if (!load_bias_per_key(stage.mask_rows, key, keys, block.bias, bias)) continue;
       }
       const HalfRows key_rows =
           half_rows(p.key, block.batch, kv_head, key, keys, p.head_dim, all_keys, head_dim, key_scratch);
@@ -208,11 +207,10 @@ struct AmxForward {
     const int64_t row = block.row + offset, rows = smaller(kAmxLanes, block.rows - offset);
     const KeySpan span = KeySpan::of(stage.band, row, rows, keys.key, keys.all_keys, kTileDepth);
     if (span.empty()) return;
-    if (stage.mask && bias.per_key == nullptr) {
-      if (!load_bias_per_lane(stage, row, rows, kAmxLanes, keys.key, span.begin, span.end, block.staging, block.bias)) {
-        return;
-      }
-      bias.per_lane = block.bias;
+    if (stage.mask && !stage.mask_is_per_key() &&
+        !load_bias_per_lane(stage.mask_rows, row, rows, kAmxLanes, keys.key, span.begin, span.end, block.staging,
+                            block.bias, bias)) {
+      return;
     }
     const int64_t count = span.end - span.begin;
     const TileOperand key_operand{keys.key_rows.data + span.begin * keys.key_rows.stride, keys.key_rows.stride * 2,
@@ -225,13 +223,14 @@ struct AmxForward {
           *rescale = block.rescale + offset;
     __builtin_memcpy(old_maximum, maximum, kAmxLanes * sizeof(float));
     float factor = stage.dot_factor();
-    if (stage.changes_elements() || span.has_edges() || !(factor > 0)) {
+    if (stage.changes_elements(bias) || span.has_edges() || !(factor > 0)) {
       modify_scores<float, kAmxVectors>(stage, bias, span.has_edges(), row, keys.key, span.begin, span.end, factor,
                                         block.scores, nullptr, maximum);
       factor = 1;
     } else {
       raise_maximum(span.begin, span.end, factor, block.scores, maximum);
     }
+    prefetch_next_bias(stage.mask_rows, block.row, block.rows, offset, kAmxLanes, keys.key, keys.keys);
     const bool rescaled = settle_maximum(old_maximum, maximum, rescale);
     if (p.dropout_p > 0) {
       dropout_tile<float, kAmxVectors>(dropout, static_cast<float>(Dropout::keep_scale(p.dropout_p)),

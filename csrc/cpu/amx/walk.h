@@ -2,7 +2,7 @@
 // Weights and score gradients are rounded to bfloat16 for the products that read them. Included by instantiate/amx.cpp.
 #pragma once
 
-#include "../backward.h"
+#include "../backward_tasks.h"
 #include "forward.h"
 
 namespace torch_attn::cpu::TORCH_ATTN_ISA {
@@ -144,7 +144,7 @@ struct AmxWalk {
         query_columns(round_up(p.head_dim, kTileSide)),
         key_sums(key_gradient),
         value_sums(value_gradient),
-        tile(p, scratch) {
+        tile(p, t, scratch) {
     static_assert(kAmxKeys * kAmxLanes <= kBackwardKeys * kMaxVectors * kLanes<float>, "TileScratch is too small");
     scores = scratch.take<float>(kAmxKeys * kAmxLanes);
     gradients = scratch.take<float>(kAmxKeys * kAmxLanes);
@@ -212,11 +212,12 @@ struct AmxWalk {
     }
     dots(keys.key_rows, block.query + offset * head_dim, head_dim, span, scores);
     float factor = stage.dot_factor();
-    if (stage.changes_elements() || span.has_edges()) {
+    if (stage.changes_elements(bias) || span.has_edges()) {
       modify_scores<float, kAmxVectors>(stage, bias, span.has_edges(), row, keys.key, span.begin, span.end, factor,
                                         scores, tile.scratch.derivative, nullptr);
       factor = 1;
     }
+    prefetch_next_bias(stage.mask_rows, block.row, block.rows, offset, kAmxLanes, keys.key, keys.keys);
     if (plan.needs_scores) dots(keys.value_rows, block.grad_out + offset * value_dim, value_dim, span, gradients);
     if (plan.needs_scores && !plan.needs_slopes && !stage.softcap && p.dropout_p == 0) {
       plain_half_tiles(span.begin, span.end, factor, scores, gradients, block.logsumexp + offset, block.delta + offset,

@@ -1,7 +1,6 @@
 #include "ops/composite/formula.h"
 
 #include <ATen/ops/matmul.h>
-#include <ATen/ops/rsub.h>
 
 #include "ops/check.h"
 #include "ops/composite/weights.h"
@@ -19,13 +18,33 @@ ForwardResult attention_forward(const ForwardArguments& a) {
   return {by_row(out, a.query.scalar_type()), w.logsumexp.squeeze(-1), rng_state};
 }
 
+BackwardResult gradients_of_scores(const Weights& w, const Tensor& grad_scores, const Tensor& grad_sink,
+                                   const Options& o, const OutputMask& output_mask) {
+  const auto wanted = [&](Gradient gradient, auto&& compute) {
+    return output_mask[gradient] ? compute() : at::empty({0}, w.query.options().dtype(w.dtype));
+  };
+  Tensor grad_dots;
+  if (output_mask[kQuery] || output_mask[kKey]) {
+    grad_dots = grad_scores * w.scale;
+    if (w.softcap > 0) grad_dots = grad_dots * at::rsub((w.capped / w.softcap).square(), 1);
+  }
+  return {
+      wanted(kQuery, [&] { return by_row(at::matmul(grad_dots, w.key), w.dtype); }),
+      wanted(kKey,
+             [&] { return by_row(sum_kv_heads(at::matmul(grad_dots.transpose(-2, -1), w.query), w.sizes), w.dtype); }),
+      at::empty({0}, w.query.options().dtype(w.dtype)),
+      wanted(kAttnMask, [&] { return sum_to(grad_scores, *o.attn_mask); }),
+      wanted(kAlibiSlopes,
+             [&] { return per_head_gradient((grad_scores * w.minus_distance).sum({-2, -1}), *o.alibi_slopes); }),
+      wanted(kSinks, [&] { return per_head_gradient(grad_sink.sum({2, 3}), *o.sinks); }),
+  };
+}
+
 BackwardResult attention_backward(const BackwardArguments& a) {
   const NoAutocast no_autocast;
   check_arguments(a);
   const ForwardArguments forward = a.forward();
-  const Options& o = a.options;
   const Weights w = compute_weights(forward, a.rng_state);
-  const Sizes& s = w.sizes;
   const Tensor grad_out = a.grad_out.to(w.query.scalar_type());
 
   // With W = kept · P: grad P = kept · (grad_out Vᵀ); softmax: grad S = P · (grad P - rowsum(P · grad P)); and
@@ -35,25 +54,11 @@ BackwardResult attention_backward(const BackwardArguments& a) {
   if (is_defined(a.grad_logsumexp)) row_term = row_term - a.grad_logsumexp->unsqueeze(-1).masked_fill(w.is_empty, 0);
   const Tensor grad_scores = w.weights * (grad_weights - row_term);
 
-  const auto type = a.query.scalar_type();
-  const auto wanted = [&](Gradient gradient, auto&& compute) {
-    return a.output_mask[gradient] ? compute() : no_gradient(a.query);
-  };
-  Tensor grad_dots;
-  if (a.output_mask[kQuery] || a.output_mask[kKey]) {
-    grad_dots = grad_scores * w.scale;
-    if (o.softcap > 0) grad_dots = grad_dots * at::rsub((w.capped / o.softcap).square(), 1);
-  }
-  return {
-      wanted(kQuery, [&] { return by_row(at::matmul(grad_dots, w.key), type); }),
-      wanted(kKey, [&] { return by_row(sum_kv_heads(at::matmul(grad_dots.transpose(-2, -1), w.query), s), type); }),
-      wanted(kValue,
-             [&] { return by_row(sum_kv_heads(at::matmul(w.drop(w.weights).transpose(-2, -1), grad_out), s), type); }),
-      wanted(kAttnMask, [&] { return sum_to(grad_scores, *o.attn_mask); }),
-      wanted(kAlibiSlopes,
-             [&] { return per_head_gradient((grad_scores * w.minus_distance).sum({-2, -1}), *o.alibi_slopes); }),
-      wanted(kSinks, [&] { return per_head_gradient((w.sink_weights * row_term).sum({2, 3}).neg(), *o.sinks); }),
-  };
+  BackwardResult result = gradients_of_scores(w, grad_scores, w.sink_gradient(row_term), a.options, a.output_mask);
+  if (a.output_mask[kValue])
+    std::get<kValue>(result) =
+        by_row(sum_kv_heads(at::matmul(w.drop(w.weights).transpose(-2, -1), grad_out), w.sizes), a.query.scalar_type());
+  return result;
 }
 
 Tensor dropout_keep_mask(const DropoutArguments& a) {

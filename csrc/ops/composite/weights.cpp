@@ -4,6 +4,7 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/logsumexp.h>
 #include <ATen/ops/matmul.h>
+#include <ATen/ops/rsub.h>
 #include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/softmax.h>
 #include <ATen/ops/tanh.h>
@@ -16,6 +17,7 @@
 #include "core/dropout.h"
 #include "ops/check.h"
 #include "ops/operators.h"
+#include "ops/outputs.h"
 
 namespace torch_attn::ops::composite {
 namespace {
@@ -28,16 +30,17 @@ struct Band {
   Tensor minus_distance;  // the same shape: -|position - key|, for ALiBi
 };
 
-Band make_band(const ForwardArguments& a, const Sizes& s) {
+Band make_band(const ForwardArguments& a, const Sizes& s, const SelectedRows& selected) {
   const Options& o = a.options;
   const auto integers = a.query.options().dtype(at::kLong);
   const Tensor key = at::arange(s.key_length, integers);
-  Tensor position = at::arange(s.query_length, integers).unsqueeze(1);
+  const SymInt query_length = selected.query_length.value_or(s.query_length);
+  Tensor position = (is_defined(selected.rows) ? *selected.rows : at::arange(s.query_length, integers)).unsqueeze(1);
   Tensor lengths;
   if (is_defined(o.key_lengths)) lengths = o.key_lengths->to(at::kLong).unsqueeze(-1).unsqueeze(-1).unsqueeze(-1);
   if (parse_alignment(o.causal_alignment) == Alignment::kBottomRight)
-    position = position + (lengths.defined() ? lengths - s.query_length
-                                             : at::scalar_tensor(s.key_length - s.query_length, integers));
+    position = position +
+               (lengths.defined() ? lengths - query_length : at::scalar_tensor(s.key_length - query_length, integers));
 
   Band band;
   const auto restrict_to = [&band](const Tensor& allowed) {
@@ -69,12 +72,13 @@ Tensor per_head(const Tensor& t, at::ScalarType type) {
   return converted.dim() == 4 ? converted : converted.unsqueeze(0);
 }
 
-Weights compute_weights(const ForwardArguments& a, const Tensor& rng_state) {
+Weights compute_weights(const ForwardArguments& a, const Tensor& rng_state, const SelectedRows& selected) {
   const Options& o = a.options;
   const Sizes s = Sizes::of(a);
   const auto accumulator = accumulator_type(a.query.scalar_type());
   Weights w;
   w.sizes = s;
+  w.dtype = a.query.scalar_type();
   w.softcap = o.softcap;
   w.query = a.query.to(accumulator);
   w.key = expand_kv_heads(a.key.to(accumulator), s);
@@ -85,7 +89,7 @@ Weights compute_weights(const ForwardArguments& a, const Tensor& rng_state) {
   w.capped = at::matmul(w.query * w.scale, w.key.transpose(-2, -1));
   if (o.softcap > 0) w.capped = at::tanh(w.capped / o.softcap) * o.softcap;
 
-  Band band = make_band(a, s);
+  Band band = make_band(a, s, selected);
   w.minus_distance = band.minus_distance;
   Tensor logits = w.capped;
   if (is_defined(o.alibi_slopes)) logits = logits + band.minus_distance * per_head(*o.alibi_slopes, accumulator);
@@ -97,6 +101,7 @@ Weights compute_weights(const ForwardArguments& a, const Tensor& rng_state) {
   }
   const auto minus_infinity = at::scalar_tensor(-kInfinity, logits.options());
   if (band.allowed.defined()) logits = at::where(band.allowed, logits, minus_infinity);
+  w.scores = logits;
   if (is_defined(o.sinks)) {
     const Tensor sinks = per_head(*o.sinks, accumulator);
     logits = at::cat({logits, sinks.expand_symint({s.batch, s.heads, s.query_length, 1})}, -1);
@@ -104,7 +109,7 @@ Weights compute_weights(const ForwardArguments& a, const Tensor& rng_state) {
 
   // A softmax over nothing but -inf is NaN, and so are its derivatives: put 0 in such rows before, the results after.
   w.is_empty = (logits == -kInfinity).all(-1, /*keepdim=*/true);
-  logits = logits.masked_fill(w.is_empty, 0);
+  w.logits = logits = logits.masked_fill(w.is_empty, 0);
   w.logsumexp = at::logsumexp(logits, {-1}, /*keepdim=*/true).masked_fill(w.is_empty, -kInfinity);
   w.weights = at::softmax(logits, -1).masked_fill(w.is_empty, 0);
   if (is_defined(o.sinks)) {

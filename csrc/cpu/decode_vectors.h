@@ -1,0 +1,184 @@
+// The two products of decode.h, on vectors whose lanes run along the columns of key and value. Included by decode.h.
+#pragma once
+
+#include "gemm.h"
+#include "pack.h"
+#include "scratch.h"
+
+namespace torch_attn::cpu::TORCH_ATTN_ISA {
+
+constexpr int64_t kDecodeKeys = 64;  // keys per block
+
+// A block of rows as they are stored, in whole vectors; their number is a multiple of the vector length, too.
+template <class Stored>
+struct StoredRows {
+  const Stored* data;
+  int64_t stride;
+};
+
+// The sum of each vector's lanes, in the lane of its number.
+template <class Real>
+TA_INLINE Vec<Real> sums_of_lanes(Vec<Real> (&v)[kLanes<Real>]) {
+#pragma GCC unroll 4
+  for (int step = kLanes<Real> / 2; step > 0; step /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < step; ++i) {
+      Vec<Real> low, high;
+      interleave<Real>(v[i], v[i + step], low, high);
+      v[i] = low + high;
+    }
+  }
+  return v[0];
+}
+
+// Up to so many rows the products wait for memory, which delivers fastest in order: tiles as wide as a row of key or
+// value can be, if less square.
+constexpr int64_t kFewRowsOfDecode = 4;
+
+// A register tile is so many rows of query by as many keys, or vectors of columns, as leave the accumulators in
+// registers: each vector of key or value is converted once for kRows rows.
+template <class Real, int kRows>
+constexpr int kDecodeTile = smaller<int>(8, (TA_VECTOR_BYTES == 64 ? 16 : 8) / kRows);
+
+// scores[row · kDecodeKeys + key] = query[row] · keys[key] for kRows rows of query and as many keys as lanes; dim is a
+// multiple of the lanes, too.
+template <class Real, class Stored, int kRows>
+TA_NOINLINE void decode_dots(const Real* query, StoredRows<Stored> keys, int64_t dim, Real* scores) {
+  constexpr int n = kLanes<Real>;
+  constexpr int kAtOnce = smaller(n, kDecodeTile<Real, kRows>);  // prefetching the next block as well gained nothing
+  Vec<Real> partial[kRows][n];
+  for (int i0 = 0; i0 < n; i0 += kAtOnce) {
+    Vec<Real> acc[kRows][kAtOnce] = {};
+    const Stored* row = keys.data + i0 * keys.stride;
+    for (int64_t d = 0; d < dim; d += n) {
+      Vec<Real> q[kRows];
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) q[r] = load(query + r * dim + d);
+#pragma GCC unroll 8
+      for (int i = 0; i < kAtOnce; ++i) {
+        const Vec<Real> k = load_as(row + i * keys.stride + d);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) acc[r][i] += q[r] * k;
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kAtOnce; ++i) partial[r][i0 + i] = acc[r][i];
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) store(scores + r * kDecodeKeys, sums_of_lanes<Real>(partial[r]));
+}
+
+// out[row][column] = out[row][column] · rescale[row] + Σ_key weights[row][key] · values[key][column], for kRows rows
+// and kVectors vectors of columns.
+template <class Real, class Stored, int kRows, int kVectors>
+TA_NOINLINE void decode_combine(const Real* weights, StoredRows<Stored> values, int64_t count, const Real* rescale,
+                                Real* out, int64_t out_stride) {
+  constexpr int n = kLanes<Real>;
+  Vec<Real> acc[kRows][kVectors] = {};
+  for (int64_t key = 0; key < count; ++key) {
+    Vec<Real> weight[kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) weight[r] = splat(weights[r * kDecodeKeys + key]);
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; ++i) {
+      const Vec<Real> value = load_as(values.data + key * values.stride + i * n);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) acc[r][i] += weight[r] * value;
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; ++i) {
+      Real* place = out + r * out_stride + i * n;
+      store(place, load(place) * rescale[r] + acc[r][i]);
+    }
+  }
+}
+
+// Both products for one (batch, key/value head) and all rows that read it.
+template <class RealType, class Stored>
+struct DecodeVectors {
+  using Real = RealType;
+  static constexpr int kLaneCount = kLanes<Real>;
+  static constexpr int64_t kRowGranule = 1;
+  static constexpr int64_t kColumnGranule = kLaneCount;
+
+  const AttentionProblem& p;
+  int64_t batch, kv_head, rows, query_dim, value_dim;
+  Real* query;
+  Stored *key_scratch, *value_scratch;
+
+  DecodeVectors(const AttentionProblem& problem, int64_t batch_index, int64_t head_index, int64_t row_count,
+                Scratch& scratch)
+      : p(problem),
+        batch(batch_index),
+        kv_head(head_index),
+        rows(row_count),
+        query_dim(round_up(p.head_dim, kLaneCount)),
+        value_dim(round_up(p.value_dim, kLaneCount)),
+        query(scratch.take<Real>(rows * query_dim)),
+        key_scratch(scratch.take<Stored>(kDecodeKeys * query_dim)),
+        value_scratch(scratch.take<Stored>(kDecodeKeys * value_dim)) {
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t head = kv_head * (p.heads / p.kv_heads) + row / p.query_length;
+      load_rows(query + row * query_dim, query_dim, p.query, element(p.query, batch, head, row % p.query_length), 1,
+                p.head_dim);
+    }
+  }
+
+  // scores[row][key] for the block of keys.
+  void dots(int64_t key, int64_t keys, Real* scores) {
+    const StoredRows<Stored> key_rows = block_rows(p.key, key, keys, p.head_dim, key_scratch);
+    const auto tile = [&]<int kRows>(int64_t row, int64_t j) TA_INLINE_LAMBDA {
+      decode_dots<Real, Stored, kRows>(query + row * query_dim, {key_rows.data + j * key_rows.stride, key_rows.stride},
+                                       query_dim, scores + row * kDecodeKeys + j);
+    };
+    for (int64_t j = 0; j < keys; j += kLaneCount) {  // outside: these keys stay in the L1 cache for all rows
+      const auto rows_tile = [&]<int kRows>(int64_t row) TA_INLINE_LAMBDA { tile.template operator()<kRows>(row, j); };
+      rows <= kFewRowsOfDecode ? for_each_tile<2>(0, rows, rows_tile) : for_each_tile<4>(0, rows, rows_tile);
+    }
+  }
+
+  // out[row] = out[row] · rescale[row] + weights[row] · values.
+  void combine(int64_t key, int64_t keys, const Real* weights, const Real* rescale, Real* out, int64_t out_stride) {
+    const StoredRows<Stored> values = block_rows(p.value, key, keys, p.value_dim, value_scratch);
+    const int64_t vectors = value_dim / kLaneCount;
+    int64_t vector = 0;
+    const auto cover = [&]<int kMostRows, int kVectors>() TA_INLINE_LAMBDA {
+      for (; vector + kVectors <= vectors; vector += kVectors) {
+        const int64_t column = vector * kLaneCount;
+        for_each_tile<kMostRows>(0, rows, [&]<int kRows>(int64_t row) TA_INLINE_LAMBDA {
+          decode_combine<Real, Stored, kRows, kVectors>(weights + row * kDecodeKeys,
+                                                        {values.data + column, values.stride}, keys, rescale + row,
+                                                        out + row * out_stride + column, out_stride);
+        });
+      }
+    };
+    constexpr int kWide = kDecodeTile<Real, 2>, kNarrow = kDecodeTile<Real, 4>;
+    if (rows <= kFewRowsOfDecode) {
+      cover.template operator()<2, kWide>();
+    }
+    cover.template operator()<4, kNarrow>();
+    cover.template operator()<4, 1>();
+  }
+
+ private:
+  // Rows [row, row + count) of the head: in place where they come in whole vectors, else copied and padded with zeros.
+  StoredRows<Stored> block_rows(const TensorView& view, int64_t row, int64_t count, int64_t columns,
+                                Stored* scratch) const {
+    const auto* first = reinterpret_cast<const Stored*>(element(view, batch, kv_head, row));
+    if (count % kLaneCount == 0 && columns % kLaneCount == 0) return {first, view.stride[2]};
+    const int64_t stride = round_up(columns, kLaneCount), all_rows = round_up(count, kLaneCount);
+    __builtin_memset(static_cast<void*>(scratch), 0, all_rows * stride * sizeof(Stored));
+    for (int64_t i = 0; i < count; ++i) {
+      if (columns > 0) __builtin_memcpy(scratch + i * stride, first + i * view.stride[2], columns * sizeof(Stored));
+    }
+    return {scratch, stride};
+  }
+};
+
+}  // namespace torch_attn::cpu::TORCH_ATTN_ISA

@@ -1,0 +1,83 @@
+// Which kernels serve a call of hard attention, and the order of the backward pass's. Plain C++: no CUDA header.
+#include <stdexcept>
+
+#include "device_info.h"
+#include "selection_kernels.h"
+#include "shared_kernels.h"
+#include "simt/selection_variants.h"
+
+namespace torch_attn::cuda {
+namespace {
+
+template <class T>
+struct TypeTag {
+  using Type = T;
+};
+
+// Calls body(TypeTag<T>) with the element type.
+template <class Body>
+void with_type(ScalarType dtype, const Body& body) {
+  switch (dtype) {
+    case ScalarType::kFloat64:
+      return body(TypeTag<double>());
+    case ScalarType::kFloat32:
+      return body(TypeTag<float>());
+    case ScalarType::kBFloat16:
+      return body(TypeTag<BFloat16>());
+    case ScalarType::kFloat16:
+      return body(TypeTag<Float16>());
+    case ScalarType::kBool:
+      break;
+  }
+  throw std::invalid_argument("hard attention on CUDA takes float64, float32, bfloat16 and float16");
+}
+
+}  // namespace
+
+size_t select_keys_workspace_bytes(const AttentionProblem& p, const Selection& selection) {
+  if (selection.rule == SelectionRule::kHighest) return 0;
+  return static_cast<size_t>(p.batch * p.heads * p.query_length * selection.count) *
+         (p.dtype == ScalarType::kFloat64 ? sizeof(double) : sizeof(float));
+}
+
+void select_keys(const AttentionProblem& p, const Selection& selection, const SelectionOutputs& outputs,
+                 void* workspace, const Stream& stream) {
+  set_device(stream.device);
+  with_type(p.dtype, [&](auto tag) {
+    simt::select_keys<typename decltype(tag)::Type>(p, selection, outputs, workspace, stream);
+  });
+}
+
+void select_keys_backward(const AttentionProblem& p, const SelectionBackwardTensors& t, void* workspace,
+                          const Stream& stream) {
+  set_device(stream.device);
+  with_type(p.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::Type;
+    constexpr int kColumns = simt::kSelectionColumns;
+    row_statistics<T>(p, t, workspace, stream);
+    if (t.grad_query.defined() || t.grad_alibi_slopes)
+      simt::selection_query_gradient<T, kColumns>(p, t, workspace, stream);
+    if (t.grad_alibi_slopes) slope_gradient<T>(p, t, workspace, stream);
+    if (t.grad_key.defined()) simt::selection_key_gradient<T, kColumns>(p, t, workspace, stream);
+    if (t.grad_attn_mask.defined()) simt::selection_mask_gradient<T>(p, t, workspace, stream);
+  });
+}
+
+void gather_rows(const RowChoice& choice, const TensorView& source, const TensorView& out, const Stream& stream) {
+  set_device(stream.device);
+  with_type(out.dtype, [&](auto tag) { simt::gather_rows<typename decltype(tag)::Type>(choice, source, out, stream); });
+}
+
+void scatter_rows(const RowChoice& choice, const TensorView& rows, const TensorView& out, const Stream& stream) {
+  set_device(stream.device);
+  with_type(out.dtype, [&](auto tag) { simt::scatter_rows<typename decltype(tag)::Type>(choice, rows, out, stream); });
+}
+
+void chosen_dots(const RowChoice& choice, const TensorView& rows, const TensorView& source, void* dots,
+                 const Stream& stream) {
+  set_device(stream.device);
+  with_type(rows.dtype,
+            [&](auto tag) { simt::chosen_dots<typename decltype(tag)::Type>(choice, rows, source, dots, stream); });
+}
+
+}  // namespace torch_attn::cuda

@@ -1,0 +1,98 @@
+"""How the tests of attention maps judge a result: against the reference in float64, with the reference in the kernels'
+own accumulator type as the yardstick of what its precision allows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cases import CASES, Case
+from .oracle import DIFFERENTIABLE_OPTIONS, largest, max_error
+
+MAP_CASES = [case for case in CASES if case.name not in ("dropout", "dropout_causal_grouped")]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+Results = dict[str, Tensor]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def accumulator_of(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def draw(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Query, key and the options of a case, without dropout, which is no part of a map."""
+    query, key, _ = case.tensors(dtype)
+    options = case.kwargs(dtype)
+    options.pop("dropout_p", None)
+    return query, key, options
+
+
+def cast(x: Any, dtype: torch.dtype) -> Any:
+    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def leaves_of(query: Tensor, key: Tensor, options: dict[str, Any]) -> Results:
+    named = {"query": query, "key": key}
+    for name in DIFFERENTIABLE_OPTIONS:
+        x = options.get(name)
+        if x is not None and x.is_floating_point():
+            named[name] = x
+    return named
+
+
+def with_gradients(
+    function: Callable[..., Results], query: Tensor, key: Tensor, options: dict[str, Any], cotangents: Results
+) -> Results:
+    """What the function returns, and the gradients of its results' products with the cotangents."""
+    leaves = {n: x.detach().clone().requires_grad_() for n, x in leaves_of(query, key, options).items()}
+    given = options | {n: x for n, x in leaves.items() if n in DIFFERENTIABLE_OPTIONS}
+    results = function(leaves["query"], leaves["key"], **given)
+    loss = query.new_zeros((), dtype=torch.float64 if query.dtype == torch.float64 else torch.float32)
+    for name, cotangent in cotangents.items():
+        value = results[name]
+        if name == "logsumexp":  # a row with nothing to attend has logsumexp −inf and no gradient from it
+            value = value.masked_fill(~value.isfinite(), 0.0)
+        loss = loss + (value * cotangent.to(value.dtype)).sum()
+    gradients: tuple[Tensor | None, ...] = (None,) * len(leaves)
+    if cotangents and loss.requires_grad:
+        gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    found = {f"grad_{n}": g for n, g in zip(leaves, gradients, strict=True) if g is not None}
+    return {n: x.detach() for n, x in results.items()} | found
+
+
+def assert_within_precision(
+    actual: Results, reference: Callable[..., Results], dtype: torch.dtype, *call: Any, factor: float = 4
+) -> Results:
+    """Every number is as near to float64 as ``factor`` times the reference in the accumulator type is, and a few units
+    in the last place of the largest number more; what is returned in 16 bits may be rounded to these. Returns float64's
+    answer."""
+    accumulator = accumulator_of(dtype)
+
+    def in_type(to: torch.dtype) -> Results:
+        return reference(*(cast_all(x, to) for x in call))
+
+    exact, yardstick = in_type(torch.float64), in_type(accumulator)
+    for name, value in actual.items():
+        if not value.is_floating_point():
+            continue
+        units = 64 * torch.finfo(accumulator).eps
+        if name.startswith("grad"):  # sums over rows, of which a slope's have distances as factors
+            rows = math.sqrt(max(1.0, call[0].numel() / max(1, value.numel())))
+            units *= rows * (call[1].size(2) if name == "grad_alibi_slopes" else 1)
+        if value.dtype != accumulator:
+            units += torch.finfo(value.dtype).eps
+        bound = factor * max_error(yardstick[name].double(), exact[name]) + units * max(1.0, largest(exact[name]))
+        error = max_error(value, exact[name])
+        assert error <= bound, f"{name}: error {error:.3g} exceeds {bound:.3g}"
+    return exact
+
+
+def cast_all(x: Any, dtype: torch.dtype) -> Any:
+    return {n: cast(v, dtype) for n, v in x.items()} if isinstance(x, dict) else cast(x, dtype)
