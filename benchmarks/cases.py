@@ -74,8 +74,8 @@ def torchs(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
     if "window_left" in options:
         left = options.pop("window_left")
         options.pop("is_causal", None)
-        rows = torch.arange(query.size(-2))[:, None]
-        keys = torch.arange(key.size(-2))
+        rows = torch.arange(query.size(-2), device=query.device)[:, None]
+        keys = torch.arange(key.size(-2), device=query.device)
         options["attn_mask"] = (keys <= rows) & (keys >= rows - left)
     return F.scaled_dot_product_attention(query, key, value, **options)
 
