@@ -42,6 +42,8 @@ class AttentionProblem(Structure):
         ("window_right", c_int64),
         ("alignment", c_uint8),
         ("key_lengths", c_void_p),
+        ("query_rows", c_void_p),
+        ("full_query_length", c_int64),
         ("dropout_p", c_double),
         ("philox_seed", c_uint64),
         ("philox_offset", c_uint64),
