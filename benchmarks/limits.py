@@ -55,7 +55,7 @@ class Scaling:
 
 
 def step(length: int, dtype: torch.dtype, backward: bool = True) -> Callable[[], object]:
-    leaves = [torch.randn(1, 1, length, DIM).to(dtype).requires_grad_(backward) for _ in range(3)]
+    leaves = [torch.randn(1, 1, length, DIM, dtype=dtype, requires_grad=backward) for _ in range(3)]
     grad = torch.ones(1, 1, length, DIM, dtype=dtype)
     if not backward:
         return lambda: torch_attn.attention(*leaves)

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "cuda/kernels.h"
+#include "cuda/map_kernels.h"
 #include "cuda/selection_kernels.h"
 #include "emulator/memory.h"
 #include "emulator/scheduler.h"
@@ -78,6 +79,37 @@ int emulation_backward(const torch_attn::AttentionProblem* problem, const torch_
     const size_t bytes = cuda::backward_workspace_bytes(*problem, *tensors, {});
     void* workspace = emulation::allocate(bytes, sizeof(float));
     cuda::attention_backward(*problem, *tensors, workspace, {});
+  });
+}
+
+// The sizes of the structures that maps.py mirrors.
+void emulation_map_structure_sizes(size_t* sizes) {
+  sizes[0] = sizeof(torch_attn::StatisticsOutputs);
+  sizes[1] = sizeof(torch_attn::WeightsOutputs);
+  sizes[2] = sizeof(torch_attn::MapBackwardTensors);
+}
+
+int emulation_attention_statistics(const torch_attn::AttentionProblem* problem,
+                                   const torch_attn::StatisticsOutputs* outputs) {
+  return guarded([&] {
+    void* workspace = emulation::allocate(cuda::map_forward_workspace_bytes(*problem), sizeof(float));
+    cuda::attention_statistics(*problem, *outputs, workspace, {});
+  });
+}
+
+int emulation_attention_weights(const torch_attn::AttentionProblem* problem,
+                                const torch_attn::WeightsOutputs* outputs) {
+  return guarded([&] {
+    void* workspace = emulation::allocate(cuda::map_forward_workspace_bytes(*problem), sizeof(float));
+    cuda::attention_weights(*problem, *outputs, workspace, {});
+  });
+}
+
+int emulation_attention_map_backward(const torch_attn::AttentionProblem* problem,
+                                     const torch_attn::MapBackwardTensors* tensors) {
+  return guarded([&] {
+    void* workspace = emulation::allocate(cuda::map_backward_workspace_bytes(*problem), sizeof(float));
+    cuda::attention_map_backward(*problem, *tensors, workspace, {});
   });
 }
 
