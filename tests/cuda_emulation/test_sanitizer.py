@@ -1,4 +1,4 @@
-"""AddressSanitizer and UBSan find nothing in the emulated kernels: one call of each here, all by `make sanitize`."""
+"""AddressSanitizer and UBSan find nothing in the emulated kernels: a call of each kind here, all by `make sanitize`."""
 
 from __future__ import annotations
 
