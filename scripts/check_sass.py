@@ -29,7 +29,9 @@ PLANNED_HMMA = {
 # The widest kernels may spill this much, once outside their loops; all others nothing.
 WIDEST_SPILL_BYTES = 32
 
+TYPES = {"f": "float", "d": "double"}
 SM80_NAME = re.compile(r"4sm80\d+([a-z_]+_kernel)I\S*?\d((?:B)?Float16)ELi(\d+)ELb([01])E")
+SELECTION_NAME = re.compile(r"4simt\d+(select(?:ion)?_[a-z_]+_kernel)I([fd])(?:Li\d+)?E")
 SIMT_NAME = re.compile(r"4simt\d+([a-z_]+_kernel)I([fd])Li(\d+)E")
 
 
@@ -109,14 +111,17 @@ def check_simt(kernel: Kernel, name: str, width: int) -> list[str]:
 
 def check(library: Path, architecture: str) -> list[str]:
     """Prints a line for each kernel; returns what is wrong."""
-    problems, sm80, simt = [], 0, 0
+    problems, sm80, simt, selection = [], 0, 0, 0
     for kernel in disassemble(library, architecture):
         if found := SM80_NAME.search(kernel.name):
             name, dtype, width, full = found[1], found[2], int(found[3]), found[4] == "1"
             label = f"sm80 {name} {dtype} {width} {'full' if full else 'plain'}"
             wrong, sm80 = check_sm80(kernel, name, width, full), sm80 + 1
+        elif found := SELECTION_NAME.search(kernel.name):
+            label = f"simt {found[1]} {TYPES[found[2]]}"
+            wrong, selection = check_simt(kernel, found[1], 0), selection + 1
         elif found := SIMT_NAME.search(kernel.name):
-            name, dtype, width = found[1], {"f": "float", "d": "double"}[found[2]], int(found[3])
+            name, dtype, width = found[1], TYPES[found[2]], int(found[3])
             label = f"simt {name} {dtype} {width}"
             wrong, simt = check_simt(kernel, name, width), simt + 1
         else:
@@ -126,8 +131,11 @@ def check(library: Path, architecture: str) -> list[str]:
             f"{kernel.count('HMMA'):4} HMMA {'; '.join(wrong) or 'ok'}"
         )
         problems += [f"{architecture} {label}: {problem}" for problem in wrong]
-    if (sm80, simt) != (36, 9):
-        problems.append(f"{architecture}: found {sm80} tensor-core and {simt} portable kernels in place of 36 and 9")
+    if (sm80, simt, selection) != (36, 9, 8):
+        problems.append(
+            f"{architecture}: found {sm80} tensor-core, {simt} portable and {selection} of hard attention's kernels "
+            "in place of 36, 9 and 8"
+        )
     return problems
 
 
