@@ -83,23 +83,24 @@ TA_DEVICE void race(const Leaders<Real>& leaders, int64_t sample, const Philox4x
                     Real rescale) {
   Real best = leaders.lead[sample] / rescale;
   int winner = -1;
-#pragma unroll
-  for (int group = 0; group < SelectionNoise::kGroupsPerCall; ++group) {
-    const Real time = exponential_of<Real>(words.word[2 * group]) / sums[group];
-    if (!(time < best)) continue;
+  const auto join = [&](int first_of_group, uint32_t time_word, uint32_t member_word, Real sum) {
+    const Real time = exponential_of<Real>(time_word) / sum;
+    if (!(time < best)) return;
     best = time;
     // The member of the group at which the line of weights reaches the uniform number.
-    const Real threshold = static_cast<Real>(words.word[2 * group + 1] >> 8) * kUniformUnit<Real> * sums[group];
+    const Real threshold = static_cast<Real>(member_word >> 8) * kUniformUnit<Real> * sum;
     Real reached = 0;
 #pragma unroll 1
-    for (int k = group * SelectionNoise::kGroupKeys; k < (group + 1) * SelectionNoise::kGroupKeys; ++k) {
+    for (int k = first_of_group; k < first_of_group + SelectionNoise::kGroupKeys; ++k) {
       const Real weight = Math<Real>::exp(scores[k] - subtracted);
       if (!(weight > 0)) continue;  // never a masked key, however sums are rounded
       winner = k;
       reached += weight;
       if (reached > threshold) break;
     }
-  }
+  };
+  join(0, words.word[0], words.word[1], sums[0]);
+  join(SelectionNoise::kGroupKeys, words.word[2], words.word[3], sums[1]);
   leaders.lead[sample] = best;
   if (winner < 0) return;
   leaders.index[sample] = first_key + winner;

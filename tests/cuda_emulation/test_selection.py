@@ -5,6 +5,7 @@ The emulator checks every access for races and bounds; each test draws its threa
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -23,9 +24,9 @@ from ..selection_oracle import (
     inputs_of,
     noise_of,
 )
-from .emulation import Device, accumulator
+from .emulation import Device, Fault, KernelError, accumulator
 from .selection import ChosenRows, SelectionRun
-from .test_kernels import ANY_SIZE, HALF, random_seed
+from .test_kernels import ANY_SIZE, HALF, needs_access_reports, random_seed
 
 ops = torch.ops.torch_attn
 OTHER_TYPES = [torch.float64, *HALF]
@@ -35,25 +36,25 @@ def random_state(batches: int = 0) -> Tensor:
     return torch.tensor([int(torch.randint(2**62, ())), int(torch.randint(2**33, ())), batches])
 
 
-def check_case(device: Device, case: Case, dtype: torch.dtype) -> None:
+def check_case(device: Device, case: Case, dtype: torch.dtype, rules: Iterable[str] = RULES) -> None:
     """Forward by each rule, and the gradients of the draw with replacement."""
     inputs = inputs_of(case, dtype)
     device.configure(random_seed())
-    for name, rule in RULES.items():
-        state = random_state()
+    for name in rules:
+        rule, state = RULES[name], random_state()
         run = SelectionRun(device, inputs, state)
         results = run.forward(**rule)
         assert_selected(case, inputs, rule, results, noise_of(inputs, rule, state))
         if name != "with_replacement" or (case.name == "extreme_mask_rows" and dtype != torch.float64):
             continue
         weights = gradient_weights(case, list(results[1:]))
-        grads = run.backward(weights)
-        assert_gradients(case, inputs, results[0], weights, grads)
+        assert_gradients(case, inputs, results[0], weights, run.backward(weights))
 
 
 @pytest.mark.parametrize("case", WITHOUT_DROPOUT, ids=str)
 def test_float32(case: Case, device: Device) -> None:
-    check_case(device, case, torch.float32)
+    every_rule = case.name in ("plain", "causal_more_keys", "key_lengths", "sinks", "extreme_mask_rows", "everything")
+    check_case(device, case, torch.float32, RULES if every_rule else ["with_replacement"])
 
 
 @pytest.mark.parametrize("dtype", OTHER_TYPES, ids=str)
@@ -77,6 +78,16 @@ def test_the_choices_are_the_cpu_kernels(name: str, batches: int, device: Device
         actual = SelectionRun(device, inputs, state).forward(**rule)
         assert torch.equal(actual[0], expected[0])
         torch.testing.assert_close(actual, expected)
+
+
+def test_a_chosen_sink_is_no_key_of_a_mask_that_is_broadcast_over_keys(device: Device) -> None:
+    case = CASE_BY_NAME["float_mask_over_keys"]
+    inputs = inputs_of(case, torch.float64) | {"sinks": torch.full((case.heads,), 3.0, dtype=torch.float64)}
+    run = SelectionRun(device, inputs, random_state())
+    results = run.forward(3, sample=True, replacement=True)
+    assert (results[0] == case.key_length).any()
+    weights = gradient_weights(case, list(results[1:]))
+    assert_gradients(case, inputs, results[0], weights, run.backward(weights))
 
 
 def test_of_equal_scores_the_lowest_index_comes_first(device: Device) -> None:
@@ -175,3 +186,28 @@ def test_an_empty_call_does_nothing(case: Case, device: Device) -> None:
     results = run.forward(2)
     grads = run.backward([torch.ones_like(x) for x in results[1:]])
     assert not grads["key"].any()
+
+
+@needs_access_reports
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+def test_the_loss_of_a_warp_barrier_is_noticed(rule: dict[str, Any], device: Device) -> None:
+    case = Case("several_steps", batch=1, heads=1, kv_heads=1, query_length=70, key_length=200)
+    run = SelectionRun(device, inputs_of(case, torch.float32), random_state())
+    for call in (0, 1, 2):  # after clearing, and then two of the first tile
+        device.configure(random_seed(), Fault.SKIP_WARP_BARRIER, call)
+        with pytest.raises(KernelError):
+            run.forward(**rule)
+
+
+@needs_access_reports
+@pytest.mark.parametrize("call", range(1, 6))
+def test_the_loss_of_a_block_barrier_is_noticed(call: int, device: Device) -> None:
+    case = Case("several_steps", batch=1, heads=1, kv_heads=1, query_length=130, key_length=200)
+    run = SelectionRun(device, inputs_of(case, torch.float32), random_state())
+    results = run.forward(2, sample=True)
+    device.configure(random_seed(), Fault.SKIP_BLOCK_BARRIER, call)  # the first guards what nobody has used before
+    with pytest.raises(KernelError):
+        run.backward([torch.ones_like(x) for x in results[1:]], ["query"])
+    device.configure(random_seed(), Fault.SKIP_BLOCK_BARRIER, call)
+    with pytest.raises(KernelError):
+        run.backward([torch.ones_like(x) for x in results[1:]], ["key"])

@@ -81,7 +81,8 @@ __global__ void __launch_bounds__(kThreads)
 template <class Real>
 struct ScatterShared {
   Real sums[kTile * kTile];
-  int places[kThreads];  // which of the block's rows a choice is; −1: none
+  int64_t rows[kThreads];  // those that made the choices
+  int places[kThreads];    // which of the block's rows a choice is; −1: none
 };
 
 template <class T>
@@ -101,17 +102,23 @@ __global__ void __launch_bounds__(kThreads)
   index /= tiles;
   const int64_t kv_head = index % c.kv_heads, batch = index / c.kv_heads, group = c.heads / c.kv_heads;
   const bool has_column = column < c.columns;
+  const int64_t row_step = kThreads / c.count, place_step = kThreads % c.count;
 
   Real* const sums = shared.sums + thread % kTile;
   for (int place = owner; place < kTile; place += kOwners) sums[place * kTile] = 0;
   for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
     const int64_t of_head = (batch * c.heads + head) * c.length * c.count;
+    int64_t row = thread / c.count, place_in_row = thread % c.count;  // of the choice that this thread looks at
     for (int64_t begin = 0; begin < c.length * c.count; begin += kThreads) {
       int64_t mine = -1;
-      if (begin + thread < c.length * c.count) mine = c.indices[of_head + begin + thread] - first;
+      const int64_t choice = begin + thread;
+      if (choice < c.length * c.count) mine = c.indices[of_head + choice] - first;
       __syncthreads();  // the last places are read no more
       shared.places[thread] = mine >= 0 && mine < kTile && first + mine < c.source_length ? static_cast<int>(mine) : -1;
+      shared.rows[thread] = row;
       __syncthreads();
+      row += row_step, place_in_row += place_step;
+      if (place_in_row >= c.count) ++row, place_in_row -= c.count;
       for (int i = 0; i < kThreads; i += 4) {
         int place[4];
         const Bits128 bits = *reinterpret_cast<const Bits128*>(shared.places + i);
@@ -119,9 +126,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           if (place[e] < 0 || place[e] % kOwners != owner || !has_column) continue;
-          const int64_t choice = begin + i + e;
-          sums[place[e] * kTile] += weight_of<Real>(c, of_head + choice) *
-                                    load(row_of<const T>(rows, batch, head, choice / c.count) + column);
+          sums[place[e] * kTile] += weight_of<Real>(c, of_head + begin + i + e) *
+                                    load(row_of<const T>(rows, batch, head, shared.rows[i + e]) + column);
         }
       }
     }

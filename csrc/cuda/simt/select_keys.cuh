@@ -4,6 +4,7 @@
 
 #include "../choice.cuh"
 #include "../launch.h"
+#include "selection_variants.h"
 #include "tile.cuh"
 
 namespace torch_attn::cuda::simt {
@@ -16,25 +17,35 @@ TA_DEVICE void gumbel_of_row(const SelectionNoise& noise, int64_t noise_head, in
   constexpr int kGroup = SelectionNoise::kKeysPerCall;
   static_assert(kGroup == kPerThread, "a thread's j-th key lies in its j-th neighbour's call");
   const int x = thread_x(), place = x % kGroup;
-  const auto mine = noise.words(noise.key_counter(noise_head, row, key + x / kGroup * kGroup + place * kSide));
-  uint32_t words[kPerThread] = {};
+  auto words = noise.words(noise.key_counter(noise_head, row, key + x / kGroup * kGroup + place * kSide));
+  // A transposition: word i of the j-th neighbour becomes word j of the i-th.
 #pragma unroll
-  for (int step = 0; step < kGroup; ++step) {  // with the neighbour `step` away
-    uint32_t word = 0;
+  for (int step = 1; step < kGroup; step *= 2) {
+    const bool upper = place & step;
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i)
-      if ((place ^ step) == i) word = mine.word[i];
-    word = __shfl_xor_sync(~0u, word, step);
-#pragma unroll
-    for (int j = 0; j < kPerThread; ++j)
-      if ((place ^ step) == j) words[j] = word;
+    for (int i = 0; i < kGroup; ++i) {
+      if (i & step) continue;
+      uint32_t &low = words.word[i], &high = words.word[i + step];
+      const uint32_t other = __shfl_xor_sync(~0u, upper ? low : high, step);
+      low = upper ? other : low;
+      high = upper ? high : other;
+    }
   }
 #pragma unroll
-  for (int j = 0; j < kPerThread; ++j) result[j] = gumbel_of<Real>(words[j]);
+  for (int j = 0; j < kPerThread; ++j) result[j] = gumbel_of<Real>(words.word[j]);
+}
+
+// values[i] without an address: arrays that are indexed by a variable do not stay in registers.
+template <class Real>
+TA_DEVICE Real pick(const Real (&values)[kPerThread], int i) {
+  Real picked = values[0];
+#pragma unroll
+  for (int j = 1; j < kPerThread; ++j) picked = i == j ? values[j] : picked;
+  return picked;
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<T>)
     select_keys_kernel(const __grid_constant__ AttentionProblem p, const __grid_constant__ Selection selection,
                        const __grid_constant__ SelectionOutputs outputs, Accumulator<T>* leads) {
   using Real = Accumulator<T>;
@@ -71,7 +82,7 @@ __global__ void __launch_bounds__(kThreads)
 
   const KeyRange range = score.band.keys_of_any(row, row_end);
   for (int64_t first = range.begin / kTile * kTile; first < range.end; first += kTile) {
-    Real s[kPerThread][kPerThread] = {}, rescale[kPerThread], group_sums[kPerThread][kGroups];
+    Real s[kPerThread][kPerThread] = {}, rescale[kPerThread], group_sums[kGroups][kPerThread];
     multiply_transposed(s, shared, query, row, key, first);
     const bool tested = !score.unmasked(row, row_end, first, first + kTile);
 #pragma unroll
@@ -94,45 +105,43 @@ __global__ void __launch_bounds__(kThreads)
       }
       Real tile_sum = 0;
 #pragma unroll
-      for (int g = 0; g < kGroups; ++g) tile_sum += group_sums[i][g] = row_sum(partial[g]);
+      for (int g = 0; g < kGroups; ++g) tile_sum += group_sums[g][i] = row_sum(partial[g]);
       rescale[i] = Softmax::rescale(maximum[i], largest);
       weighted_sum[i] = (weighted_sum[i] + shift * sum[i]) * rescale[i] + row_sum(weighted);
       sum[i] = sum[i] * rescale[i] + tile_sum;
       maximum[i] = largest;
     }
 
+    // Through shared memory, so that rows can be taken one after the other, which saves registers.
+    Real* const scores = shared.weights + thread_y() * kPerThread * shared.kWeightPitch;  // of this thread's rows
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i)
+#pragma unroll
+      for (int j = 0; j < kPerThread; ++j) scores[i * shared.kWeightPitch + thread_x() + kSide * j] = s[i][j];
     if (selection.rule == SelectionRule::kWithReplacement) {
-#pragma unroll
-      for (int i = 0; i < kPerThread; ++i)
-#pragma unroll
-        for (int j = 0; j < kPerThread; ++j)
-          shared.weights[(thread_y() * kPerThread + i) * shared.kWeightPitch + thread_x() + kSide * j] = s[i][j];
       __syncwarp();
       // The 16 threads that share four rows share their draws.
+#pragma unroll 1
       for (int64_t item = thread_x(); item < kPerThread * selection.count; item += kSide) {
-        const int mine = static_cast<int>(item % kPerThread);
-        const int64_t sample = item / kPerThread, r = row + thread_y() * kPerThread + mine;
+        const int i = static_cast<int>(item % kPerThread);
+        const int64_t sample = item / kPerThread, r = row + thread_y() * kPerThread + i;
         if (r >= p.query_length) continue;
-        Real row_maximum = 0, row_rescale = 1, row_sums[kGroups] = {};
+        Real sums[kGroups];
 #pragma unroll
-        for (int i = 0; i < kPerThread; ++i) {
-          if (i != mine) continue;
-          row_maximum = Softmax::safe_maximum(maximum[i]), row_rescale = rescale[i];
-#pragma unroll
-          for (int g = 0; g < kGroups; ++g) row_sums[g] = group_sums[i][g];
-        }
+        for (int g = 0; g < kGroups; ++g) sums[g] = pick(group_sums[g], i);
         const auto words = noise.words(noise.group_counter(noise_head, r, first / SelectionNoise::kGroupKeys, sample));
-        race(leaders_of(r), sample, words, first,
-             shared.weights + (thread_y() * kPerThread + mine) * shared.kWeightPitch, row_sums, row_maximum,
-             row_rescale);
+        race(leaders_of(r), sample, words, first, scores + i * shared.kWeightPitch, sums,
+             Softmax::safe_maximum(pick(maximum, i)), pick(rescale, i));
       }
     } else {
-#pragma unroll
+#pragma unroll 1
       for (int i = 0; i < kPerThread; ++i) {
         const int64_t r = row + thread_y() * kPerThread + i;
-        Real gumbel[kPerThread] = {};
+        Real of_row[kPerThread], gumbel[kPerThread] = {};
+#pragma unroll
+        for (int j = 0; j < kPerThread; ++j) of_row[j] = scores[i * shared.kWeightPitch + thread_x() + kSide * j];
         if (selection.rule == SelectionRule::kWithoutReplacement) gumbel_of_row(noise, noise_head, r, first, gumbel);
-        rank<kSide>(leaders_of(r), r < p.query_length, first, s[i], gumbel, Softmax::safe_maximum(maximum[i]),
+        rank<kSide>(leaders_of(r), r < p.query_length, first, of_row, gumbel, Softmax::safe_maximum(pick(maximum, i)),
                     [](int j) { return thread_x() + kSide * j; });
       }
     }

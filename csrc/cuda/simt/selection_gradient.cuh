@@ -5,6 +5,7 @@
 
 #include "../../core/selection.h"
 #include "mask_gradient.cuh"
+#include "selection_variants.h"
 
 namespace torch_attn::cuda::simt {
 
@@ -138,7 +139,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // grad_key; tiles are transposed, as in key_value_gradient.cuh.
 template <class T, int kColumns>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<T>)
     selection_key_gradient_kernel(const __grid_constant__ AttentionProblem p,
                                   const __grid_constant__ SelectionBackwardTensors t,
                                   const RowStatistics<Accumulator<T>> statistics) {
@@ -194,7 +195,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<T>)
     selection_mask_gradient_kernel(const __grid_constant__ AttentionProblem p,
                                    const __grid_constant__ SelectionBackwardTensors t,
                                    const RowStatistics<Accumulator<T>> statistics) {

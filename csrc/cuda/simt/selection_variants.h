@@ -9,6 +9,10 @@ namespace torch_attn::cuda::simt {
 
 constexpr int kSelectionColumns = 64;  // that a block of a gradient computes
 
+// Blocks that shall fit into a multiprocessor's registers together, where that costs no spilling.
+template <class T>
+constexpr int kBlocksAtOnce = std::is_same_v<T, double> ? 1 : 2;
+
 template <class T>
 void select_keys(const AttentionProblem&, const Selection&, const SelectionOutputs&, void* workspace, const Stream&);
 template <class T, int kColumns>
