@@ -48,6 +48,12 @@ void select_keys(const AttentionProblem& p, const Selection& selection, const Se
   });
 }
 
+size_t select_keys_backward_workspace_bytes(const AttentionProblem& p) {
+  constexpr int64_t kArrays = 3;  // see RowStatistics
+  return static_cast<size_t>(kArrays * p.batch * p.heads * p.query_length) *
+         (p.dtype == ScalarType::kFloat64 ? sizeof(double) : sizeof(float));
+}
+
 void select_keys_backward(const AttentionProblem& p, const SelectionBackwardTensors& t, void* workspace,
                           const Stream& stream) {
   set_device(stream.device);

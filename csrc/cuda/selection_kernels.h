@@ -12,7 +12,7 @@ size_t select_keys_workspace_bytes(const AttentionProblem& problem, const Select
 void select_keys(const AttentionProblem& problem, const Selection& selection, const SelectionOutputs& outputs,
                  void* workspace, const Stream& stream);
 
-// The workspace has backward_workspace_bytes().
+size_t select_keys_backward_workspace_bytes(const AttentionProblem& problem);
 void select_keys_backward(const AttentionProblem& problem, const SelectionBackwardTensors& tensors, void* workspace,
                           const Stream& stream);
 

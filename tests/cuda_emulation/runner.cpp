@@ -135,7 +135,7 @@ int emulation_select_keys(const torch_attn::AttentionProblem* problem, const tor
 int emulation_select_keys_backward(const torch_attn::AttentionProblem* problem,
                                    const torch_attn::SelectionBackwardTensors* tensors) {
   return guarded([&] {
-    void* workspace = emulation::allocate(cuda::backward_workspace_bytes(*problem), sizeof(float));
+    void* workspace = emulation::allocate(cuda::select_keys_backward_workspace_bytes(*problem), sizeof(float));
     cuda::select_keys_backward(*problem, *tensors, workspace, {});
   });
 }
