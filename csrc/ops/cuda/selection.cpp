@@ -20,7 +20,7 @@ class Kernels {
     cuda::select_keys(p, selection, outputs, memory.mutable_data_ptr(), stream_);
   }
   void backward(const AttentionProblem& p, const SelectionBackwardTensors& tensors) const {
-    const Tensor memory = workspace(cuda::backward_workspace_bytes(p));
+    const Tensor memory = workspace(cuda::select_keys_backward_workspace_bytes(p));
     cuda::select_keys_backward(p, tensors, memory.mutable_data_ptr(), stream_);
   }
   void gather(const RowChoice& choice, const TensorView& source, const TensorView& out) const {
