@@ -16,11 +16,7 @@ std::mutex forced_tier_mutex;
 std::string forced_tier;  // empty: none
 
 std::vector<TierAnswer> ask_tiers(const Call& call) {
-  std::string forced;
-  {
-    const std::lock_guard<std::mutex> lock(forced_tier_mutex);
-    forced = forced_tier;
-  }
+  const std::string forced = forced_tier_name();
   std::vector<TierAnswer> answers;
   for (const Tier* tier : kTiers) {
     std::string refusal = tier->refusal(call);
@@ -88,6 +84,11 @@ std::vector<TierAnswer> forward_tiers(const AttentionProblem& p, const Stream& s
 
 std::vector<TierAnswer> backward_tiers(const AttentionProblem& p, const BackwardTensors& t, const Stream& stream) {
   return ask_tiers({p, &t, compute_capability(stream.device)});
+}
+
+std::string forced_tier_name() {
+  const std::lock_guard<std::mutex> lock(forced_tier_mutex);
+  return forced_tier;
 }
 
 void force_tier(const std::string& name) {

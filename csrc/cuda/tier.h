@@ -22,6 +22,9 @@ struct Tier {
   void (*key_value_gradient)(const AttentionProblem&, const BackwardTensors&, void* workspace, const Stream&);
 };
 
+// The tier that force_tier named; empty: none.
+std::string forced_tier_name();
+
 namespace sm80 {
 extern const Tier kTier;
 }

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torch_attn import reference
 
-from ..cases import CASE_BY_NAME, Case
+from ..cases import CASE_BY_NAME, CAUSAL, Case
 from ..selection_oracle import (
     RULES,
     WITHOUT_DROPOUT,
@@ -40,6 +40,7 @@ def check_case(device: Device, case: Case, dtype: torch.dtype, rules: Iterable[s
     """Forward by each rule, and the gradients of the draw with replacement."""
     inputs = inputs_of(case, dtype)
     device.configure(random_seed())
+    device.force_tier("simt")
     for name in rules:
         rule, state = RULES[name], random_state()
         run = SelectionRun(device, inputs, state)
@@ -61,6 +62,49 @@ def test_float32(case: Case, device: Device) -> None:
 @pytest.mark.parametrize("name", ["odd_dims", "float_mask_causal", "extreme_mask_rows", "everything"])
 def test_other_types(name: str, dtype: torch.dtype, device: Device) -> None:
     check_case(device, CASE_BY_NAME[name], dtype)
+
+
+SM80_CASES = [case for case in WITHOUT_DROPOUT if case.head_dim % 8 == 0 and "long" not in case.name]
+SM80_WIDTHS = [
+    Case("dim_128_causal", head_dim=128, options=CAUSAL, query_length=130, key_length=150),
+    Case("dim_72", head_dim=72, query_length=20, key_length=150),
+]
+
+
+@pytest.mark.parametrize("case", [*SM80_CASES, *SM80_WIDTHS], ids=str)
+def test_sm80_bfloat16(case: Case, device: Device) -> None:
+    check_sm80(device, case, torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["causal", "grouped_query_causal", "everything"])
+def test_sm80_float16(name: str, device: Device) -> None:
+    check_sm80(device, CASE_BY_NAME[name], torch.float16)
+
+
+def check_sm80(device: Device, case: Case, dtype: torch.dtype) -> None:
+    """Forward; the backward pass is simt's. ``everything`` goes through every rule, the others one drawn at random."""
+    inputs, state = inputs_of(case, dtype), random_state()
+    device.configure(random_seed())
+    device.force_tier("sm80")
+    names = list(RULES)
+    for rule in RULES.values() if case.name == "everything" else [RULES[names[int(torch.randint(3, ()))]]]:
+        results = SelectionRun(device, inputs, state).forward(**rule)
+        assert_selected(case, inputs, rule, results, noise_of(inputs, rule, state))
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+def test_a_tier_serves_or_says_why_not(rule: dict[str, Any], device: Device) -> None:
+    for dtype, head_dim, reason in [
+        (torch.float32, 16, "it takes float16 and bfloat16"),
+        (torch.float16, 20, "head_dim must be a multiple of 8, at most 128"),
+        (torch.float16, 136, "head_dim must be a multiple of 8, at most 128"),
+    ]:
+        inputs = inputs_of(Case("call", query_length=3, head_dim=head_dim), dtype)
+        device.force_tier("sm80")
+        with pytest.raises(KernelError, match="no CUDA kernel can serve this call .sm80: " + reason):
+            SelectionRun(device, inputs, random_state()).forward(**rule)
+        device.force_tier("")
+        SelectionRun(device, inputs, random_state()).forward(**rule)
 
 
 @pytest.mark.parametrize("case", [case for case in ANY_SIZE if case.name not in ("value_dim_zero", "no_keys")], ids=str)
