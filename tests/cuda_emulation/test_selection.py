@@ -232,20 +232,34 @@ def test_an_empty_call_does_nothing(case: Case, device: Device) -> None:
     assert not grads["key"].any()
 
 
+# Of each kind, the calls whose loss must be noticed; the first block barrier of simt guards unused memory.
+FAULTS = [
+    ("simt", torch.float32, Fault.SKIP_WARP_BARRIER, range(3)),
+    ("simt", torch.float32, Fault.SKIP_BLOCK_BARRIER, range(1, 5)),
+    ("sm80", torch.bfloat16, Fault.SKIP_WARP_BARRIER, range(3)),
+    ("sm80", torch.bfloat16, Fault.SKIP_BLOCK_BARRIER, range(4)),
+    ("sm80", torch.bfloat16, Fault.SKIP_COPY_WAIT, range(3)),
+]
+
+
 @needs_access_reports
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
-def test_the_loss_of_a_warp_barrier_is_noticed(rule: dict[str, Any], device: Device) -> None:
+@pytest.mark.parametrize(("tier", "dtype", "fault", "calls"), FAULTS, ids=lambda x: str(x).removeprefix("Fault."))
+def test_the_loss_of_any_barrier_or_wait_is_noticed(
+    tier: str, dtype: torch.dtype, fault: Fault, calls: range, rule: dict[str, Any], device: Device
+) -> None:
     case = Case("several_steps", batch=1, heads=1, kv_heads=1, query_length=70, key_length=200)
-    run = SelectionRun(device, inputs_of(case, torch.float32), random_state())
-    for call in (0, 1, 2):  # after clearing, and then two of the first tile
-        device.configure(random_seed(), Fault.SKIP_WARP_BARRIER, call)
+    device.force_tier(tier)
+    run = SelectionRun(device, inputs_of(case, dtype), random_state())
+    for call in calls:
+        device.configure(random_seed(), fault, call)
         with pytest.raises(KernelError):
             run.forward(**rule)
 
 
 @needs_access_reports
 @pytest.mark.parametrize("call", range(1, 6))
-def test_the_loss_of_a_block_barrier_is_noticed(call: int, device: Device) -> None:
+def test_the_loss_of_a_block_barrier_is_noticed_in_the_backward_pass(call: int, device: Device) -> None:
     case = Case("several_steps", batch=1, heads=1, kv_heads=1, query_length=130, key_length=200)
     run = SelectionRun(device, inputs_of(case, torch.float32), random_state())
     results = run.forward(2, sample=True)

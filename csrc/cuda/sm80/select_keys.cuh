@@ -75,7 +75,6 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t r = row + tile_row + 8 * half;
     if (r < p.query_length) leaders_of(r).clear(lane % 4, 4);
   }
-  __syncwarp();
 
   const KeyRange range = score.band.keys_of_any(row, row_end);
   const int64_t begin = range.begin / kSelectKeys * kSelectKeys;
@@ -126,7 +125,6 @@ __global__ void __launch_bounds__(kThreads)
     }
 
     if (selection.rule == SelectionRule::kWithReplacement) {
-      __syncwarp();  // the last step's scores are read no more
 #pragma unroll
       for (int half = 0; half < 2; ++half)
 #pragma unroll
