@@ -1,10 +1,13 @@
 // Which kernels serve a call of hard attention, and the order of the backward pass's. Plain C++: no CUDA header.
 #include <stdexcept>
+#include <string>
 
 #include "device_info.h"
 #include "selection_kernels.h"
 #include "shared_kernels.h"
 #include "simt/selection_variants.h"
+#include "sm80/selection_variants.h"
+#include "tier.h"
 
 namespace torch_attn::cuda {
 namespace {
@@ -32,6 +35,29 @@ void with_type(ScalarType dtype, const Body& body) {
   throw std::invalid_argument("hard attention on CUDA takes float64, float32, bfloat16 and float16");
 }
 
+bool is_aligned_to_pieces(const TensorView& view) {  // of 16 bytes
+  bool aligned = reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
+  for (int dimension = 0; dimension < 3; ++dimension) aligned = aligned && view.stride[dimension] % 8 == 0;
+  return aligned;
+}
+
+// select_keys on tensor cores. Its backward pass is simt's alone.
+std::string sm80_refusal(const AttentionProblem& p, int compute_capability) {
+  if (compute_capability < 80) return "it needs compute capability 8.0";
+  if (p.dtype != ScalarType::kFloat16 && p.dtype != ScalarType::kBFloat16) return "it takes float16 and bfloat16";
+  if (p.head_dim % 8 || p.head_dim == 0 || p.head_dim > 128) return "head_dim must be a multiple of 8, at most 128";
+  if (!is_aligned_to_pieces(p.query) || !is_aligned_to_pieces(p.key))
+    return "query and key must start at, and have strides of, multiples of 16 bytes";
+  return "";
+}
+
+template <class T>
+void select_keys_sm80(const AttentionProblem& p, const Selection& selection, const SelectionOutputs& outputs,
+                      void* workspace, const Stream& stream) {
+  const auto kernel = p.head_dim <= 64 ? sm80::select_keys<T, 64> : sm80::select_keys<T, 128>;
+  kernel(p, selection, outputs, workspace, stream);
+}
+
 }  // namespace
 
 size_t select_keys_workspace_bytes(const AttentionProblem& p, const Selection& selection) {
@@ -43,6 +69,15 @@ size_t select_keys_workspace_bytes(const AttentionProblem& p, const Selection& s
 void select_keys(const AttentionProblem& p, const Selection& selection, const SelectionOutputs& outputs,
                  void* workspace, const Stream& stream) {
   set_device(stream.device);
+  const std::string forced = forced_tier_name(),
+                    refusal = sm80_refusal(p, device_facts(stream.device).compute_capability);
+  if (forced == "sm80" && !refusal.empty())
+    throw std::invalid_argument("no CUDA kernel can serve this call (sm80: " + refusal +
+                                "; simt: the tier sm80 is forced)");
+  if (refusal.empty() && forced != "simt") {
+    const auto select = p.dtype == ScalarType::kFloat16 ? select_keys_sm80<Float16> : select_keys_sm80<BFloat16>;
+    return select(p, selection, outputs, workspace, stream);
+  }
   with_type(p.dtype, [&](auto tag) {
     simt::select_keys<typename decltype(tag)::Type>(p, selection, outputs, workspace, stream);
   });

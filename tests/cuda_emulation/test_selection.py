@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torch_attn import reference
 
-from ..cases import CASE_BY_NAME, Case
+from ..cases import CASE_BY_NAME, CAUSAL, Case
 from ..selection_oracle import (
     RULES,
     WITHOUT_DROPOUT,
@@ -40,6 +40,7 @@ def check_case(device: Device, case: Case, dtype: torch.dtype, rules: Iterable[s
     """Forward by each rule, and the gradients of the draw with replacement."""
     inputs = inputs_of(case, dtype)
     device.configure(random_seed())
+    device.force_tier("simt")
     for name in rules:
         rule, state = RULES[name], random_state()
         run = SelectionRun(device, inputs, state)
@@ -61,6 +62,49 @@ def test_float32(case: Case, device: Device) -> None:
 @pytest.mark.parametrize("name", ["odd_dims", "float_mask_causal", "extreme_mask_rows", "everything"])
 def test_other_types(name: str, dtype: torch.dtype, device: Device) -> None:
     check_case(device, CASE_BY_NAME[name], dtype)
+
+
+SM80_CASES = [case for case in WITHOUT_DROPOUT if case.head_dim % 8 == 0 and "long" not in case.name]
+SM80_WIDTHS = [
+    Case("dim_128_causal", head_dim=128, options=CAUSAL, query_length=130, key_length=150),
+    Case("dim_72", head_dim=72, query_length=20, key_length=150),
+]
+
+
+@pytest.mark.parametrize("case", [*SM80_CASES, *SM80_WIDTHS], ids=str)
+def test_sm80_bfloat16(case: Case, device: Device) -> None:
+    check_sm80(device, case, torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["causal", "grouped_query_causal", "everything"])
+def test_sm80_float16(name: str, device: Device) -> None:
+    check_sm80(device, CASE_BY_NAME[name], torch.float16)
+
+
+def check_sm80(device: Device, case: Case, dtype: torch.dtype) -> None:
+    """Forward; the backward pass is simt's. ``everything`` goes through every rule, the others one drawn at random."""
+    inputs, state = inputs_of(case, dtype), random_state()
+    device.configure(random_seed())
+    device.force_tier("sm80")
+    names = list(RULES)
+    for rule in RULES.values() if case.name == "everything" else [RULES[names[int(torch.randint(3, ()))]]]:
+        results = SelectionRun(device, inputs, state).forward(**rule)
+        assert_selected(case, inputs, rule, results, noise_of(inputs, rule, state))
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+def test_a_tier_serves_or_says_why_not(rule: dict[str, Any], device: Device) -> None:
+    for dtype, head_dim, reason in [
+        (torch.float32, 16, "it takes float16 and bfloat16"),
+        (torch.float16, 20, "head_dim must be a multiple of 8, at most 128"),
+        (torch.float16, 136, "head_dim must be a multiple of 8, at most 128"),
+    ]:
+        inputs = inputs_of(Case("call", query_length=3, head_dim=head_dim), dtype)
+        device.force_tier("sm80")
+        with pytest.raises(KernelError, match="no CUDA kernel can serve this call .sm80: " + reason):
+            SelectionRun(device, inputs, random_state()).forward(**rule)
+        device.force_tier("")
+        SelectionRun(device, inputs, random_state()).forward(**rule)
 
 
 @pytest.mark.parametrize("case", [case for case in ANY_SIZE if case.name not in ("value_dim_zero", "no_keys")], ids=str)
@@ -188,20 +232,34 @@ def test_an_empty_call_does_nothing(case: Case, device: Device) -> None:
     assert not grads["key"].any()
 
 
+# Of each kind, the calls whose loss must be noticed; the first block barrier of simt guards unused memory.
+FAULTS = [
+    ("simt", torch.float32, Fault.SKIP_WARP_BARRIER, range(3)),
+    ("simt", torch.float32, Fault.SKIP_BLOCK_BARRIER, range(1, 5)),
+    ("sm80", torch.bfloat16, Fault.SKIP_WARP_BARRIER, range(3)),
+    ("sm80", torch.bfloat16, Fault.SKIP_BLOCK_BARRIER, range(4)),
+    ("sm80", torch.bfloat16, Fault.SKIP_COPY_WAIT, range(3)),
+]
+
+
 @needs_access_reports
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
-def test_the_loss_of_a_warp_barrier_is_noticed(rule: dict[str, Any], device: Device) -> None:
+@pytest.mark.parametrize(("tier", "dtype", "fault", "calls"), FAULTS, ids=lambda x: str(x).removeprefix("Fault."))
+def test_the_loss_of_any_barrier_or_wait_is_noticed(
+    tier: str, dtype: torch.dtype, fault: Fault, calls: range, rule: dict[str, Any], device: Device
+) -> None:
     case = Case("several_steps", batch=1, heads=1, kv_heads=1, query_length=70, key_length=200)
-    run = SelectionRun(device, inputs_of(case, torch.float32), random_state())
-    for call in (0, 1, 2):  # after clearing, and then two of the first tile
-        device.configure(random_seed(), Fault.SKIP_WARP_BARRIER, call)
+    device.force_tier(tier)
+    run = SelectionRun(device, inputs_of(case, dtype), random_state())
+    for call in calls:
+        device.configure(random_seed(), fault, call)
         with pytest.raises(KernelError):
             run.forward(**rule)
 
 
 @needs_access_reports
 @pytest.mark.parametrize("call", range(1, 6))
-def test_the_loss_of_a_block_barrier_is_noticed(call: int, device: Device) -> None:
+def test_the_loss_of_a_block_barrier_is_noticed_in_the_backward_pass(call: int, device: Device) -> None:
     case = Case("several_steps", batch=1, heads=1, kv_heads=1, query_length=130, key_length=200)
     run = SelectionRun(device, inputs_of(case, torch.float32), random_state())
     results = run.forward(2, sample=True)

@@ -78,7 +78,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<T>)
     const int64_t r = row + thread_y() * kPerThread + i;
     if (r < p.query_length) leaders_of(r).clear(thread_x(), kSide);
   }
-  __syncwarp();
 
   const KeyRange range = score.band.keys_of_any(row, row_end);
   for (int64_t first = range.begin / kTile * kTile; first < range.end; first += kTile) {
