@@ -158,5 +158,5 @@ def exact_weights(part: dict[str, Any]) -> Callable[..., Results]:
 
 
 def weights_cotangent(query: Tensor, key: Tensor, part: dict[str, Any]) -> Results:
-    shape = reference.attention_weights(query.double(), key.double(), **part).shape
+    shape = reference.attention_weights(query.double(), key.double(), scale=1.0, **part).shape
     return {"weights": torch.randn(shape).to(query.dtype)}

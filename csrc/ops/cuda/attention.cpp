@@ -14,10 +14,6 @@
 namespace torch_attn::ops {
 namespace {
 
-Tensor workspace_of(size_t bytes, const Tensor& like) {
-  return at::empty({static_cast<int64_t>(bytes)}, like.options().dtype(at::kByte));
-}
-
 ForwardResult attention_forward_cuda(const ForwardArguments& a) {
   const c10::DeviceGuard guard(a.query.device());
   return run_forward(a, [&](const AttentionProblem& problem, const ForwardOutputs& outputs) {
