@@ -41,6 +41,7 @@ def main() -> None:
         for mode in args.mode
         if not (case.forward_only and mode != "forward")
     ]
+    folder = Path(__file__).parent / "results"
     results: list[Result] = []
     limits: dict[int, dict[str, float]] = {}
     print(report.HEADER)
@@ -52,14 +53,14 @@ def main() -> None:
         result = run_case(case, DTYPES[dtype], mode, args.seconds, limit["fma"], limit["read"], not args.no_accuracy)
         results.append(result)
         tqdm.write(report.format_row(result))
+        if args.name:  # after each pair, so that a run which is cut short leaves what it has
+            report.write_json(results, list(limits.values()), folder / f"{args.name}.json")
     for limit in limits.values():
         fma, read = limit["fma"] / 1e9, limit["read"] / 1e9
         print(f"{limit['threads']} threads: FMA peak {fma:.0f} GFLOP/s, read {read:.1f} GB/s")
     for name, mean in report.geometric_means(results).items():
         print(f"geometric mean, {name}: {mean:.2f}x")
     if args.name:
-        folder = Path(__file__).parent / "results"
-        report.write_json(results, list(limits.values()), folder / f"{args.name}.json")
         report.write_plot(results, folder / f"{args.name}.png")
 
 
