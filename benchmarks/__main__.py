@@ -59,6 +59,7 @@ def main() -> None:
         for mode in args.mode
         if not (case.forward_only and mode != "forward")
     ]
+    folder = Path(__file__).parent / "results"
     results: list[Result] = []
     limits: dict[object, dict[str, float | str]] = {}
     print(report.HEADER)
@@ -77,14 +78,14 @@ def main() -> None:
             continue
         results.append(result)
         tqdm.write(report.format_row(result))
+        if args.name:  # after each pair, so that a run which is cut short leaves what it has
+            report.write_json(results, list(limits.values()), folder / f"{args.name}.json")
     for limit in limits.values():
         fma, read = float(limit["fma"]) / 1e9, float(limit["read"]) / 1e9
         print(f"{limit['place']}: peak {fma:.0f} GFLOP/s, memory {read:.1f} GB/s")
     for name, mean in report.geometric_means(results).items():
         print(f"geometric mean, {name}: {mean:.2f}x")
     if args.name and results:
-        folder = Path(__file__).parent / "results"
-        report.write_json(results, list(limits.values()), folder / f"{args.name}.json")
         report.write_plot(results, folder / f"{args.name}.png")
 
 
