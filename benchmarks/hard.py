@@ -59,8 +59,7 @@ def our_top_k(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def topk_of_scores(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     best, indices = scores(query, key).topk(COUNT)
-    rows = value.unsqueeze(2).expand(-1, -1, query.size(2), -1, -1)
-    chosen = rows.gather(3, indices.unsqueeze(-1).expand(-1, -1, -1, -1, DIM))
+    chosen = value.gather(2, indices.flatten(2).unsqueeze(-1).expand(-1, -1, -1, DIM)).unflatten(2, indices.shape[2:])
     return (best.softmax(-1).unsqueeze(-2) @ chosen).sum()
 
 
@@ -127,6 +126,12 @@ def measure(pair: str, heads: int, length: int, seconds: float) -> Row:
     return Row(pair, heads, length, *timing.speedup(), 1e3 * timing.best(0), *peaks)
 
 
+def write(rows: list[Row], name: str) -> None:
+    machine = report.machine() | {"command": "python -m benchmarks.hard " + " ".join(sys.argv[1:])}
+    document = {"machine": machine, "results": [asdict(r) for r in rows]}
+    (Path(__file__).parent / "results" / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.hard", description=__doc__)
     parser.add_argument("--length", nargs="+", type=int, default=[512, 2048, 8192])
@@ -142,11 +147,8 @@ def main() -> None:
         for length in args.length:
             rows.append(measure(pair, 1 if length > 4096 else 4, length, args.seconds))
             print(rows[-1], flush=True)
-    if args.name:
-        machine = report.machine() | {"command": "python -m benchmarks.hard " + " ".join(sys.argv[1:])}
-        document = {"machine": machine, "results": [asdict(r) for r in rows]}
-        path = Path(__file__).parent / "results" / f"{args.name}.json"
-        path.write_text(json.dumps(document, indent=1) + "\n")
+            if args.name:
+                write(rows, args.name)
     return None
 
 
