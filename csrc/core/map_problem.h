@@ -22,10 +22,13 @@ struct StatisticsOutputs {
   int64_t top_k = 0;
 };
 
-// What the kernel of attention_weights reads beside the problem, and writes.
+// What the kernel of attention_weights reads beside the problem, and writes. Either logsumexp is known, and only
+// weights are written, or it is computed. Both are (B, Hq, L), contiguous, of accumulator type.
 struct WeightsOutputs {
-  const void* logsumexp = nullptr;  // (B, Hq, L), contiguous, accumulator type
-  TensorView weights;               // (B, Hq, L, S) or, for the mean over heads, (B, 1, L, S); column stride 1
+  const void* known_logsumexp = nullptr;
+  void* logsumexp = nullptr;
+  TensorView weights;  // (B, Hq, L, S) or, for the mean over heads, (B, 1, L, S); column stride 1
+  TensorView out;      // attention's output, column stride 1; undefined: not wanted
   bool mean = false;
 };
 

@@ -1,4 +1,4 @@
-// The functions of map_kernels.h: the choice of the instruction set. AMX runs the AVX-512 kernels.
+// The functions of map_kernels.h: the choice of the instruction set.
 #include "map_kernels.h"
 
 namespace torch_attn::cpu {
@@ -10,8 +10,9 @@ const MapKernelTable& active_kernels() {
     case Isa::kAvx2:
       return kAvx2MapKernels;
     case Isa::kAvx512:
-    case Isa::kAmx:
       return kAvx512MapKernels;
+    case Isa::kAmx:
+      return kAmxMapKernels;
 #endif
     default:
       return kBaselineMapKernels;

@@ -6,7 +6,6 @@
 
 #include <algorithm>
 
-#include "cpu/kernels.h"
 #include "cpu/map_kernels.h"
 #include "ops/cpu/threads.h"
 #include "ops/kernel_call.h"
@@ -59,18 +58,30 @@ WeightsResult attention_weights_forward_cpu(const WeightsArguments& a) {
   set_selected_rows(p, a.selected, rows);
   const auto [weights, logsumexp] = empty_weights(a);
   if (logsumexp.numel() == 0) return {weights.zero_(), logsumexp};
+  WeightsOutputs o;
   if (is_defined(a.logsumexp)) {
     logsumexp.copy_(*a.logsumexp);
-  } else {  // attention without value
-    const Tensor out = at::empty({p.batch, p.heads, p.query_length, 0}, a.query.options());
-    cpu::attention_forward(p, {view_of_matrix(out), logsumexp.mutable_data_ptr()}, torch_threads());
+    o.known_logsumexp = logsumexp.const_data_ptr();
+  } else {
+    o.logsumexp = logsumexp.mutable_data_ptr();
   }
-  WeightsOutputs o;
-  o.logsumexp = logsumexp.const_data_ptr();
   o.weights = view_of_matrix(a.mean ? weights.unsqueeze(1) : weights);
   o.mean = a.mean;
-  if (weights.numel() > 0) cpu::attention_weights(p, o, torch_threads());
+  cpu::attention_weights(p, o, torch_threads());
   return {weights, logsumexp};
+}
+
+WithWeightsResult attention_with_weights_forward_cpu(const WithWeightsArguments& a) {
+  const PreparedProblem prepared = make_problem(a.forward(), Tensor());
+  const auto [out, weights, logsumexp] = empty_with_weights(a);
+  if (logsumexp.numel() == 0) return {out, weights.zero_(), logsumexp};
+  WeightsOutputs o;
+  o.logsumexp = logsumexp.mutable_data_ptr();
+  o.weights = view_of_matrix(a.mean ? weights.unsqueeze(1) : weights);
+  o.out = view_of_matrix(out);
+  o.mean = a.mean;
+  cpu::attention_weights(prepared.problem, o, torch_threads());
+  return {out, weights, logsumexp};
 }
 
 // Attention's backward with the terms that set_terms adds to it. row_terms: see MapBackwardTensors.
@@ -185,6 +196,7 @@ TORCH_LIBRARY_IMPL(torch_attn, CPU, m) {
   m.impl("attention_statistics_forward", AttentionStatisticsForward::kernel<attention_statistics_forward_cpu>);
   m.impl("attention_statistics_backward", AttentionStatisticsBackward::kernel<attention_statistics_backward_cpu>);
   m.impl("attention_weights_forward", AttentionWeightsForward::kernel<attention_weights_forward_cpu>);
+  m.impl("attention_with_weights_forward", AttentionWithWeightsForward::kernel<attention_with_weights_forward_cpu>);
   m.impl("attention_weights_backward", AttentionWeightsBackward::kernel<attention_weights_backward_cpu>);
 }
 
