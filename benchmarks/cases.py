@@ -74,8 +74,8 @@ def torchs(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
     if "window_left" in options:
         left = options.pop("window_left")
         options.pop("is_causal", None)
-        rows = torch.arange(query.size(-2))[:, None]
-        keys = torch.arange(key.size(-2))
+        rows = torch.arange(query.size(-2), device=query.device)[:, None]
+        keys = torch.arange(key.size(-2), device=query.device)
         options["attn_mask"] = (keys <= rows) & (keys >= rows - left)
     return F.scaled_dot_product_attention(query, key, value, **options)
 
@@ -93,6 +93,14 @@ def key_padding(case: Case, dtype: torch.dtype) -> dict[str, Any]:
 
 def bool_mask(case: Case, dtype: torch.dtype) -> dict[str, Any]:
     return {"attn_mask": torch.rand(case.query_length, case.key_length) > 0.1}
+
+
+def causal_as_mask(case: Case, dtype: torch.dtype) -> dict[str, Any]:
+    return {"attn_mask": torch.ones(case.query_length, case.key_length, dtype=torch.bool).tril()}
+
+
+def shared_float_mask(case: Case, dtype: torch.dtype) -> dict[str, Any]:
+    return {"attn_mask": torch.randn(case.query_length, case.key_length).to(dtype)}
 
 
 def float_mask(case: Case, dtype: torch.dtype) -> dict[str, Any]:
@@ -124,6 +132,8 @@ CASES = [
     ),
     Case("key padding B4 H8 L1024 D64", 4, 8, 1024, 1024, 64, draw=key_padding, group="masks"),
     Case("bool mask B1 H8 L2048 D64", 1, 8, 2048, 2048, 64, draw=bool_mask, group="masks"),
+    Case("causal as bool mask B1 H8 L2048 D64", 1, 8, 2048, 2048, 64, draw=causal_as_mask, group="masks"),
+    Case("float mask (L, S) B1 H8 L2048 D64", 1, 8, 2048, 2048, 64, draw=shared_float_mask, group="masks"),
     Case("float mask B1 H8 L2048 D64", 1, 8, 2048, 2048, 64, draw=float_mask, group="masks"),
     Case("dropout 0.1 B1 H8 L2048 D64", 1, 8, 2048, 2048, 64, options={"dropout_p": 0.1}, group="masks"),
     Case(
@@ -138,7 +148,10 @@ CASES = [
     ),
     *(
         Case(f"decode B1 H32 Lq{n} Lk4096 D128", 1, 32, n, 4096, 128, group="decode", forward_only=True)
-        for n in (1, 4, 16)
+        for n in (1, 4, 8, 16)
     ),
-    Case("decode GQA 32/8 B1 Lq1 Lk4096 D128", 1, 32, 1, 4096, 128, kv_heads=8, group="decode", forward_only=True),
+    *(
+        Case(f"decode GQA 32/8 B1 Lq{n} Lk4096 D128", 1, 32, n, 4096, 128, 8, group="decode", forward_only=True)
+        for n in (1, 4)
+    ),
 ]

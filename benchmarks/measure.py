@@ -29,27 +29,38 @@ class Timing:
         return middle, low, high
 
 
-def interleave(contenders: Sequence[Callable[[], object]], seconds: float, min_rounds: int = 5) -> Timing:
-    """Time the contenders in turn for about ``seconds``.
-
-    With one torch thread the clock is that thread's CPU time, which a busy neighbour hardly disturbs; with several it
-    is wall time. Calls shorter than a millisecond are repeated within a round.
-    """
+def seconds_on_cpu(call: Callable[[], object], repeat: int) -> float:
+    """With one torch thread the thread's CPU time, which a busy neighbour hardly disturbs; with several wall time."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
+    for _ in range(repeat):
+        call()
+    return (clock() - start) / repeat
+
+
+def seconds_on_gpu(call: Callable[[], object], repeat: int) -> float:
+    """Between two events on the current stream."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeat):
+        call()
+    end.record()
+    end.synchronize()
+    return 1e-3 * start.elapsed_time(end) / repeat
+
+
+def interleave(
+    contenders: Sequence[Callable[[], object]], seconds: float, device: str = "cpu", min_rounds: int = 5
+) -> Timing:
+    """Time the contenders in turn for about ``seconds``. Calls shorter than a millisecond (on a GPU: ten, so that the
+    launches of one call pass during another) are repeated within a round."""
+    measure, least = (seconds_on_gpu, 1e-2) if device == "cuda" else (seconds_on_cpu, 1e-3)
     repeats = []
     for call in contenders:
         call()
-        start = time.perf_counter()
-        call()
-        repeats.append(max(1, int(1e-3 / max(time.perf_counter() - start, 1e-7))))
+        repeats.append(max(1, int(least / max(measure(call, 1), 1e-7))))
     rounds: list[list[float]] = []
     end = time.perf_counter() + seconds
     while len(rounds) < min_rounds or time.perf_counter() < end:
-        spent = []
-        for call, repeat in zip(contenders, repeats, strict=True):
-            start = clock()
-            for _ in range(repeat):
-                call()
-            spent.append((clock() - start) / repeat)
-        rounds.append(spent)
+        rounds.append([measure(call, repeat) for call, repeat in zip(contenders, repeats, strict=True)])
     return Timing(rounds)

@@ -1,4 +1,8 @@
-"""Compiles and runs peak.cpp: FMA peak and read bandwidth of this machine, on as many threads as torch uses."""
+"""The limits that results are compared with.
+
+Of the CPU: FMA peak and read bandwidth on as many threads as torch uses, by peak.cpp. Of a GPU: PyTorch's own matrix
+product and copy.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,8 @@ from functools import cache
 from pathlib import Path
 
 import torch
+
+from .measure import seconds_on_gpu
 
 FMA_ROUNDS = 2_000_000
 
@@ -45,6 +51,25 @@ def best_seconds(call: Callable[[], object], rounds: int = 5) -> float:
         on_all_threads(call)
         best = min(best, clock() - start)
     return best
+
+
+def gpu_peak(dtype: torch.dtype) -> float:
+    """Operations a second of PyTorch's product of large square matrices: what tensor cores reach in practice."""
+    n = 8192 if dtype in (torch.float16, torch.bfloat16) else 4096
+    a, b = (torch.randn(n, n, device="cuda").to(dtype) for _ in range(2))
+    return 2 * n**3 / best_gpu_seconds(lambda: torch.mm(a, b))
+
+
+def gpu_bandwidth() -> float:
+    """Bytes a second read and written by copying 2 GiB."""
+    source = torch.empty(1 << 29, device="cuda")
+    to = torch.empty_like(source)
+    return 2 * source.numel() * source.element_size() / best_gpu_seconds(lambda: to.copy_(source))
+
+
+def best_gpu_seconds(call: Callable[[], object], rounds: int = 10) -> float:
+    call()
+    return min(seconds_on_gpu(call, 3) for _ in range(rounds))
 
 
 def fma_peak() -> float:

@@ -15,9 +15,13 @@ import torch
 
 from .run import Result
 
-HEADER = (
-    f"{'case':40} {'dtype':9} {'mode':17} {'thr':>3} {'speedup (quartiles)':>22} {'% peak':>7} {'error ours/torch':>20}"
-)
+COLUMNS = ("case", "dtype", "mode", "against", "speedup (quartiles)", "% peak", "error ours/torch")
+HEADER = "{:40} {:9} {:17} {:>9} {:>22} {:>7} {:>20}".format(*COLUMNS)
+
+
+def against(r: Result) -> str:
+    """What a result was compared with: threads of the CPU, or a backend of PyTorch's on a GPU."""
+    return r.baseline if r.device == "cuda" else f"{r.threads} thread{'s' if r.threads > 1 else ''}"
 
 
 def format_row(r: Result) -> str:
@@ -27,13 +31,13 @@ def format_row(r: Result) -> str:
         share = f"{100 * r.share_of_bandwidth:4.0f}% bw"
     else:
         share = f"{100 * r.share_of_peak:6.0f}%"
-    return f"{r.case:40} {r.dtype:9} {r.mode:17} {r.threads:3d} {speed:>22} {share:>7} {error:>20}"
+    return f"{r.case:40} {r.dtype:9} {r.mode:17} {against(r):>9} {speed:>22} {share:>7} {error:>20}"
 
 
 def geometric_means(results: Iterable[Result]) -> dict[str, float]:
     groups: dict[str, list[float]] = defaultdict(list)
     for r in results:
-        groups[f"{r.dtype} {r.mode} {r.threads} threads"].append(r.speedup)
+        groups[f"{r.dtype} {r.mode} {against(r)}"].append(r.speedup)
     return {name: math.exp(sum(map(math.log, s)) / len(s)) for name, s in groups.items()}
 
 
@@ -46,7 +50,8 @@ def machine() -> dict[str, object]:
     info = Path("/proc/cpuinfo")
     if info.exists():
         cpu = next((s.split(":")[1].strip() for s in info.read_text().splitlines() if s.startswith("model name")), cpu)
-    return {
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return gpu | {
         "cpu": cpu,
         "instruction_set": torch.ops.torch_attn.cpu_isa(),
         "torch": torch.__version__,
@@ -55,7 +60,7 @@ def machine() -> dict[str, object]:
     }
 
 
-def write_json(results: list[Result], limits: list[dict[str, float]], path: Path) -> None:
+def write_json(results: list[Result], limits: list[dict[str, float | str]], path: Path) -> None:
     document = {
         "machine": machine(),
         "limits": limits,
@@ -66,18 +71,18 @@ def write_json(results: list[Result], limits: list[dict[str, float]], path: Path
 
 
 def write_plot(results: list[Result], path: Path) -> None:
-    """One bar a case and mode, one panel a dtype and thread count; the line at 1 is PyTorch's SDPA."""
+    """One bar a case and mode, one panel a dtype and number of threads or backend; the line at 1 is PyTorch's SDPA."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels: dict[tuple[str, int], list[Result]] = defaultdict(list)
+    panels: dict[tuple[str, str], list[Result]] = defaultdict(list)
     for r in results:
-        panels[(r.dtype, r.threads)].append(r)
+        panels[(r.dtype, against(r))].append(r)
     height = max(len({r.case for r in rows}) for rows in panels.values()) * 0.3 + 1.5
     figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels) + 2, height), squeeze=False, sharey=True)
-    for axis, ((dtype, threads), rows) in zip(axes[0], panels.items(), strict=True):
+    for axis, ((dtype, baseline), rows) in zip(axes[0], panels.items(), strict=True):
         cases = list(dict.fromkeys(r.case for r in rows))
         modes = list(dict.fromkeys(r.mode for r in rows))
         for m, mode in enumerate(modes):
@@ -87,7 +92,7 @@ def write_plot(results: list[Result], path: Path) -> None:
         axis.axvline(1, color="black", linewidth=1)
         axis.set_yticks(range(len(cases)), cases)
         axis.set_xlabel("times faster than PyTorch's SDPA")
-        axis.set_title(f"{dtype}, {threads} thread{'s' if threads > 1 else ''}")
+        axis.set_title(f"{dtype}, {baseline}")
         axis.legend()
     axes[0][0].invert_yaxis()
     figure.tight_layout()

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .cases import Case, ours, torchs, torchs_math
 from .measure import interleave
 
 Attention = Callable[..., Tensor]
+
+# PyTorch's implementations of SDPA. "auto": the one that it chooses.
+BACKENDS = {
+    "auto": None,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+class BackendRefuses(RuntimeError):
+    """PyTorch's backend does not serve the case; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +39,8 @@ class Result:
     dtype: str
     mode: str
     threads: int
+    device: str
+    baseline: str  # of BACKENDS
     speedup: float
     speedup_low: float
     speedup_high: float
@@ -92,13 +109,35 @@ def worst_error(attention: Attention, inputs: list[Tensor], direction: Tensor, o
 
 
 def run_case(
-    case: Case, dtype: torch.dtype, mode: str, seconds: float, peak: float, bandwidth: float, with_accuracy: bool
+    case: Case,
+    dtype: torch.dtype,
+    mode: str,
+    seconds: float,
+    peak: float,
+    bandwidth: float,
+    with_accuracy: bool,
+    device: str = "cpu",
+    baseline: str = "auto",
 ) -> Result:
+    """peak and bandwidth: operations and bytes a second. Raises BackendRefuses."""
     torch.manual_seed(0)
-    inputs = list(case.inputs(dtype))
-    direction = torch.randn(case.batch, case.heads, case.query_length, case.head_dim).to(dtype)
-    options = case.kwargs(dtype)
-    timing = interleave([as_call(f, inputs, direction, options, mode) for f in (ours, BASELINE[mode])], seconds)
+
+    def moved(x: object) -> object:
+        return x.to(device) if isinstance(x, Tensor) else x
+
+    inputs = [x.to(device) for x in case.inputs(dtype)]
+    direction = torch.randn(case.batch, case.heads, case.query_length, case.head_dim).to(dtype).to(device)
+    options = {name: moved(x) for name, x in case.kwargs(dtype).items()}
+    backend = BACKENDS[baseline]
+    calls = [as_call(f, inputs, direction, options, mode) for f in (ours, BASELINE[mode])]
+    with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
+        try:
+            calls[1]()
+        except RuntimeError as error:
+            if backend is None:
+                raise
+            raise BackendRefuses(str(error)) from error
+        timing = interleave(calls, seconds, device)
     middle, low, high = timing.speedup()
     flops = case.flops(mode) / timing.best(0)
     cache_bytes = sum(x.numel() * x.element_size() for x in inputs[1:])
@@ -109,6 +148,8 @@ def run_case(
         dtype=str(dtype).removeprefix("torch."),
         mode=mode,
         threads=torch.get_num_threads(),
+        device=device,
+        baseline=baseline,
         speedup=middle,
         speedup_low=low,
         speedup_high=high,

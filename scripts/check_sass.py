@@ -43,11 +43,15 @@ SM80_KERNELS = sum(
     for widths in kernels.values()
 )
 SIMT_KERNELS = 9
-# The widest kernels, with rows of 512 bytes, may spill this much, once outside their loops; all others nothing.
+SELECTION_KERNELS = 8
+# The widest kernels, with rows of 512 bytes, and one of hard attention's may spill this much, once outside their loops;
+# all others nothing.
 WIDEST_SPILL_BYTES = 32
 WIDEST = {"HMMA.16816.F32": 256, "HMMA.1688.F32.TF32": 128}
 
 SM80_NAME = re.compile(r"4sm80\d+([a-z_]+_kernel)I(f|\S*?\dB?Float16E)Li(\d+)ELb([01])E")
+TYPES = {"f": "float", "d": "double"}
+SELECTION_NAME = re.compile(r"4simt\d+(select(?:ion)?_[a-z_]+_kernel)I([fd])(?:Li\d+)?E")
 SIMT_NAME = re.compile(r"4simt\d+([a-z_]+_kernel)I([fd])Li(\d+)E")
 
 
@@ -122,14 +126,15 @@ def check_simt(kernel: Kernel, name: str, width: int) -> list[str]:
         problems.append("it does not load 16 bytes at a time")
     if kernel.count("LDS", ".128") == 0:
         problems.append("it does not read shared memory 16 bytes at a time")
-    if kernel.stack > (WIDEST_SPILL_BYTES if name == "key_value_gradient_kernel" and width == 128 else 0):
+    may_spill = (name, width) == ("key_value_gradient_kernel", 128) or name == "selection_mask_gradient_kernel"
+    if kernel.stack > (WIDEST_SPILL_BYTES if may_spill else 0):
         problems.append(f"{kernel.stack} bytes of registers are spilled")
     return problems
 
 
 def check(library: Path, architecture: str) -> list[str]:
     """Prints a line for each kernel; returns what is wrong."""
-    problems, sm80, simt = [], 0, 0
+    problems, sm80, simt, selection = [], 0, 0, 0
     for kernel in disassemble(library, architecture):
         if found := SM80_NAME.search(kernel.name):
             name, width, full = found[1], int(found[3]), found[4] == "1"
@@ -139,8 +144,11 @@ def check(library: Path, architecture: str) -> list[str]:
             dtype = "TF32" if found[2] == "f" else "BFloat16" if "BFloat16" in found[2] else "Float16"
             label = f"sm80 {name} {dtype} {width} {'full' if full else 'plain'}"
             wrong, sm80 = check_sm80(kernel, name, instruction, width, full), sm80 + 1
+        elif found := SELECTION_NAME.search(kernel.name):
+            label = f"simt {found[1]} {TYPES[found[2]]}"
+            wrong, selection = check_simt(kernel, found[1], 0), selection + 1
         elif found := SIMT_NAME.search(kernel.name):
-            name, dtype, width = found[1], {"f": "float", "d": "double"}[found[2]], int(found[3])
+            name, dtype, width = found[1], TYPES[found[2]], int(found[3])
             label = f"simt {name} {dtype} {width}"
             wrong, simt = check_simt(kernel, name, width), simt + 1
         else:
@@ -150,10 +158,10 @@ def check(library: Path, architecture: str) -> list[str]:
             f"{kernel.count('HMMA'):4} HMMA {'; '.join(wrong) or 'ok'}"
         )
         problems += [f"{architecture} {label}: {problem}" for problem in wrong]
-    if (sm80, simt) != (SM80_KERNELS, SIMT_KERNELS):
+    if (sm80, simt, selection) != (SM80_KERNELS, SIMT_KERNELS, SELECTION_KERNELS):
         problems.append(
-            f"{architecture}: found {sm80} tensor-core and {simt} portable kernels in place of {SM80_KERNELS} and "
-            f"{SIMT_KERNELS}"
+            f"{architecture}: found {sm80} tensor-core, {simt} portable and {selection} of hard attention's kernels "
+            f"in place of {SM80_KERNELS}, {SIMT_KERNELS} and {SELECTION_KERNELS}"
         )
     return problems
 

@@ -10,12 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_attn import reference
+
 from .cases import CASES, Case
 from .oracle import DIFFERENTIABLE_OPTIONS, largest, max_error
 
 MAP_CASES = [case for case in CASES if case.name not in ("dropout", "dropout_causal_grouped")]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 Results = dict[str, Tensor]
+ASKED: dict[str, Any] = {"top_k": 3, "mass_window": 5}
+STATISTICS = (
+    "logsumexp",
+    "entropy",
+    "max_weight",
+    "mean_distance",
+    "window_mass",
+    "top_weights",
+    "column_sum",
+)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -96,3 +108,55 @@ def assert_within_precision(
 
 def cast_all(x: Any, dtype: torch.dtype) -> Any:
     return {n: cast(v, dtype) for n, v in x.items()} if isinstance(x, dict) else cast(x, dtype)
+
+
+def exact_statistics(query: Tensor, key: Tensor, options: dict[str, Any], cotangents: Results) -> Results:
+    def function(*args: Tensor, **kwargs: Any) -> Results:
+        found = reference.attention_statistics(*args, **kwargs, **ASKED)
+        return {n: x for n, x in found.items() if x is not None}
+
+    return with_gradients(function, query, key, options, cotangents)
+
+
+def statistics_cotangents(query: Tensor, key: Tensor, names: tuple[str, ...]) -> Results:
+    rows = query.shape[:3]
+    shapes = {"top_weights": (*rows, ASKED["top_k"]), "column_sum": (*rows[:2], key.size(2))}
+    drawn = {n: torch.randn(shapes.get(n, rows), dtype=accumulator_of(query.dtype)) for n in names}
+    if "mean_distance" in drawn:  # whose derivatives are as large as the distances
+        drawn["mean_distance"] /= query.size(2) + key.size(2)
+    return drawn
+
+
+def in_float64(*tensors: Tensor) -> list[Tensor]:
+    return [x.double() for x in tensors]
+
+
+def assert_keys_hold_the_largest_weights(actual: Results, weights: Tensor) -> None:
+    """Of scores that rounding makes equal either may come first: the chosen keys' weights decide, not their numbers."""
+    attended = (weights > 0).sum(-1)
+    bound = 1e-4
+    assert torch.equal(actual["argmax"] < 0, attended == 0)
+    indices = actual["top_indices"]
+    assert torch.equal((indices >= 0).sum(-1), attended.clamp(max=ASKED["top_k"]))
+    padded = torch.nn.functional.pad(weights, (0, 1))
+    at = padded.gather(-1, indices.clamp(min=0)).masked_fill(indices < 0, 0.0)
+    assert (at - actual["top_weights"].double()).abs().max() < bound
+    assert torch.equal(indices[..., 0], actual["argmax"])
+    assert torch.equal(actual["top_weights"][..., 0], actual["max_weight"])
+    distinct = indices.sort(-1).values
+    assert ((distinct[..., 1:] != distinct[..., :-1]) | (distinct[..., 1:] < 0)).all()
+
+
+def exact_weights(part: dict[str, Any]) -> Callable[..., Results]:
+    def function(query: Tensor, key: Tensor, options: dict[str, Any], cotangents: Results) -> Results:
+        def weights(*args: Tensor, **kwargs: Any) -> Results:
+            return {"weights": reference.attention_weights(*args, **kwargs, **part)}
+
+        return with_gradients(weights, query, key, options, cotangents)
+
+    return function
+
+
+def weights_cotangent(query: Tensor, key: Tensor, part: dict[str, Any]) -> Results:
+    shape = reference.attention_weights(query.double(), key.double(), scale=1.0, **part).shape
+    return {"weights": torch.randn(shape).to(query.dtype)}

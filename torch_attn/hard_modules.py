@@ -31,8 +31,8 @@ class HardMultiheadAttention(nn.MultiheadAttention):
       is differentiable, and of a reward into the loss: an unbiased gradient of the expected reward (Williams 1992).
     - ``"straight_through"``: the output's gradient is that of soft attention with the weights π (Bengio et al. 2013):
       biased, of low variance, and needs no reward.
-    - ``"argmax"``: nothing, unless ``log_prob`` is in the loss (a supervised choice). ``"top_k"``: the exact gradient
-      of the renormalised weights, among the keys that were read.
+    - ``"argmax"``: nothing in the output either; its ``log_prob`` is differentiable too.
+    - ``"top_k"``: the output's gradient, which is exact among the keys that were read.
 
     Parameters, their initialisation and state_dict are :class:`torch.nn.MultiheadAttention`'s, so weights load from one
     to the other. In an nn.TransformerEncoderLayer, whose fast path in evaluation would read the weights past this

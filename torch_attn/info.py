@@ -1,11 +1,16 @@
-"""`python -m torch_attn.info`: what was built, what runs, and why each tier is on or off. For bug reports."""
+"""`python -m torch_attn.info`: what was built, what runs, and why each tier is on or off. For bug reports.
+
+:func:`explain` says the same of one call: which kernels serve it, and why others would not.
+"""
 
 from __future__ import annotations
 
 import os
 import platform
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ._library import LIBRARY, build_info
 
@@ -22,6 +27,98 @@ def cuda_state(build: dict[str, str]) -> str:
     if not torch.cuda.is_available():
         return f"off: {compiled}, but torch finds no GPU"
     return f"on: {compiled}; {torch.cuda.get_device_name()}"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One tier's answer to a call: how it would serve it, or (``serves`` is False) why it cannot."""
+
+    tier: str
+    serves: bool
+    text: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """All tiers' answers, in the order in which they are asked; the first that serves the call does."""
+
+    answers: tuple[Answer, ...]
+
+    @property
+    def tier(self) -> str:
+        return next(answer.tier for answer in self.answers if answer.serves)
+
+    def __str__(self) -> str:
+        chosen, lines = self.tier, []
+        for answer in self.answers:
+            state = "cannot" if not answer.serves else "serves" if answer.tier == chosen else "could"
+            lines.append(f"{answer.tier:<10}  {state}: {answer.text}")
+        return "\n".join(lines)
+
+
+def explain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    backward: bool = False,
+    compute_capability: int | None = None,
+    multiprocessors: int | None = None,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    window_left: int | None = None,
+    window_right: int | None = None,
+    causal_alignment: str = "top_left",
+    alibi_slopes: Tensor | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+) -> Explanation:
+    """Which kernels serve a call of :func:`torch_attn.attention`, and why those before them do not. Computes nothing.
+
+    Args:
+        query, key, value: (B, Hq, L, D), (B, Hkv, S, D), (B, Hkv, S, Dv); their values are not read.
+        backward: ask about the gradients, not about the output.
+        compute_capability: of a GPU to ask about, for instance 80 for sm_80, whatever the tensors' device is; None: ask
+            about the tensors' own device.
+        multiprocessors: of that GPU; None: 108, or the own device's.
+        attn_mask and what follows: as in :func:`torch_attn.attention`.
+
+    Raises:
+        RuntimeError: where a GPU is asked about and the library holds no CUDA kernels, or the arguments are wrong.
+    """
+    composite = Answer("composite", True, "PyTorch's operators, which store the scores")
+    if query.device.type == "cpu" and compute_capability is None:
+        return Explanation((Answer("cpu", True, f"compiled for {torch.ops.torch_attn.cpu_isa()}"), composite))
+    if query.device.type not in ("cpu", "cuda"):
+        return Explanation((composite,))
+    if reason := build_info()["cuda_off_reason"]:
+        if compute_capability is not None:
+            raise RuntimeError(f"explain: compute_capability is {compute_capability}, but CUDA is off: {reason}.")
+        return Explanation((composite,))
+    texts = torch.ops.torch_attn.cuda_tiers(
+        query,
+        key,
+        value,
+        attn_mask=attn_mask,
+        dropout_p=dropout_p,
+        is_causal=is_causal,
+        scale=scale,
+        window_left=window_left,
+        window_right=window_right,
+        causal_alignment=causal_alignment,
+        alibi_slopes=alibi_slopes,
+        softcap=softcap,
+        sinks=sinks,
+        key_lengths=key_lengths,
+        backward=backward,
+        compute_capability=compute_capability or 0,
+        multiprocessors=multiprocessors or 0,
+    )
+    triples = zip(texts[::3], texts[1::3], texts[2::3], strict=True)
+    return Explanation(tuple(Answer(tier, not refusal, refusal or form) for tier, form, refusal in triples))
 
 
 def report() -> str:
@@ -47,6 +144,7 @@ def report() -> str:
             "cpu instruction sets": available,
             "cpu threads": str(torch.get_num_threads()),
             "cuda": cuda_state(build),
+            "cuda tiers": "sm80 (tensor cores), simt (everything else); torch_attn.info.explain asks them about a call",
             "composite": "on: other devices, and derivatives beyond the second",
         },
     }

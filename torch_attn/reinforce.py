@@ -28,7 +28,7 @@ def reinforce_loss(
 
     with the sums over all choices aᵢ (queries, heads) that earned the reward R together: they are independent given
     the inputs, so their log-probabilities and their entropies add. Its *value* means nothing: minimise it, don't watch
-    it. Add the model's own loss, which trains what comes after the choice (Xu et al. 2015, eq. 11).
+    it. Add the model's own loss, which trains what comes after the choice (Xu et al. 2015, section 4.1).
 
     A row with nothing to attend has log_prob 0, entropy 0 and no gradient: it adds nothing to either sum. A reward all
     of whose rows are such still counts in the mean.
@@ -46,7 +46,7 @@ def reinforce_loss(
         ValueError: naming the argument whose shape does not fit.
 
     Sources: Williams 1992, "Simple statistical gradient-following algorithms for connectionist reinforcement learning",
-    theorem 1; Xu et al. 2015, "Show, Attend and Tell", eq. 11 and 12.
+    theorem 1; Xu et al. 2015, "Show, Attend and Tell", section 4.1.
     """
     if log_prob.shape[: reward.dim()] != reward.shape:
         raise ValueError(
@@ -83,7 +83,7 @@ def leave_one_out_baseline(reward: Tensor) -> Tensor:
     r"""For each sample the mean reward of the others: bₛ = Σ_{t≠s} Rₜ / (K − 1).
 
     Independent samples of one query see the same input, so this foretells well, is unbiased, has no parameters and
-    needs no memory (Kool et al. 2019, section 2). With it REINFORCE's gradient is K / (K − 1) times that with the mean
+    needs no memory. With it REINFORCE's gradient is K / (K − 1) times that with the mean
     of all samples for a baseline, which is biased.
 
     Args:
@@ -156,7 +156,7 @@ class LearnedBaseline(nn.Module):
         hidden_features: width of the one hidden layer (ReLU).
         device, dtype: of the parameters.
 
-    Source: Mnih & Gregor 2014, "Neural Variational Inference and Learning in Belief Networks", section 2.3
+    Source: Mnih & Gregor 2014, "Neural Variational Inference and Learning in Belief Networks"
     (input-dependent baselines).
     """
 

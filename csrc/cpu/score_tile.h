@@ -76,13 +76,21 @@ TA_INLINE void modify_lanes(const ScoreStage<Real>& stage, const BiasTile<Real>&
   constexpr int width = kVectors * kLanes<Real>;
   const BandMask& band = stage.band;
   // As far as they lie near the block: numbers beyond it may not fit an Int.
-  const auto near = [&](int64_t x) { return splat_int<Real>(x < -width ? -width : x > end ? end : x); };
+  const auto near = [&](int64_t x) { return x < -width ? -width : x > end ? end : x; };
   Int first{}, last{};
   if constexpr (kBand) {
-    const int64_t position = band.position(row) - key;
-    first = near(position - band.window_left + lane) + lane_numbers<Real>();
-    last = near(position + band.window_right + lane) + lane_numbers<Real>();
-    const Int last_valid = near(band.key_length - 1 - key);
+    if (band.rows == nullptr) {
+      const int64_t position = band.position(row) - key + lane;
+      first = splat_int<Real>(near(position - band.window_left)) + lane_numbers<Real>();
+      last = splat_int<Real>(near(position + band.window_right)) + lane_numbers<Real>();
+    } else {
+      for (int i = 0; i < kLanes<Real>; ++i) {
+        const int64_t position = band.position(row + lane + i) - key;
+        first[i] = static_cast<typename VecTypes<Real>::IntElement>(near(position - band.window_left));
+        last[i] = static_cast<typename VecTypes<Real>::IntElement>(near(position + band.window_right));
+      }
+    }
+    const Int last_valid = splat_int<Real>(near(band.key_length - 1 - key));
     last = last < last_valid ? last : last_valid;
   }
   Vec<Real> position{};

@@ -17,11 +17,7 @@ std::string forced_tier;  // empty: none
 
 // One plan for each of kTiers.
 std::vector<Plan> ask_tiers(const Call& call) {
-  std::string forced;
-  {
-    const std::lock_guard<std::mutex> lock(forced_tier_mutex);
-    forced = forced_tier;
-  }
+  const std::string forced = forced_tier_name();
   std::vector<Plan> plans;
   for (const Tier* tier : kTiers) {
     Plan plan = tier->plan(call);
@@ -119,6 +115,11 @@ std::vector<TierAnswer> forward_tiers(const AttentionProblem& p, const DeviceFac
 
 std::vector<TierAnswer> backward_tiers(const AttentionProblem& p, const BackwardTensors& t, const DeviceFacts& device) {
   return answers({p, &t, device});
+}
+
+std::string forced_tier_name() {
+  const std::lock_guard<std::mutex> lock(forced_tier_mutex);
+  return forced_tier;
 }
 
 void force_tier(const std::string& name) {

@@ -28,6 +28,32 @@ TA_DEVICE Real warp_sum(Real x) {
   return x;
 }
 
+// What a row's weights, recomputed from logsumexp, are to be multiplied by: see RowStatistics. A warp's work; Score is
+// HeadScore or derived from it.
+template <class T, class Score>
+TA_DEVICE Accumulator<T> weight_scale_of_row(const AttentionProblem& p, const Score& score, int64_t batch, int64_t head,
+                                             int64_t row, Accumulator<T> logsumexp) {
+  using Real = Accumulator<T>;
+  const Real magnitude = Math<Real>::abs(logsumexp);
+  if (!(magnitude > static_cast<Real>(kLargeLogsumexp) && magnitude < static_cast<Real>(INFINITY))) return 1;
+  const auto row_of = [&](const TensorView& view, int64_t view_head, int64_t view_row) {
+    return static_cast<const T*>(view.data) + batch * view.stride[0] + view_head * view.stride[1] +
+           view_row * view.stride[2];
+  };
+  const T* const query = row_of(p.query, head, row);
+  const KeyRange range = score.band.keys_of_row(row);
+  Real sum = 0;
+  for (int64_t key = range.begin + threadIdx.x % 32; key < range.end; key += 32) {
+    const T* const k = row_of(p.key, head / p.group_size(), key);
+    Real dot = 0;
+    for (int64_t c = 0; c < p.head_dim; ++c) dot += load(query + c) * load(k + c);
+    sum += Math<Real>::exp(score.score(score.mod.capped(dot), row, key, true) - logsumexp);
+  }
+  sum = warp_sum(sum);
+  if (p.sinks.defined()) sum += Math<Real>::exp(per_head<Real>(p.sinks, batch, head) - logsumexp);
+  return sum > 0 ? 1 / sum : Real(1);
+}
+
 template <class T>
 __global__ void __launch_bounds__(kStatisticsThreads)
     row_statistics_kernel(const __grid_constant__ AttentionProblem p, const __grid_constant__ BackwardTensors t,
@@ -50,24 +76,8 @@ __global__ void __launch_bounds__(kStatisticsThreads)
   delta = warp_sum(delta);
   if (t.grad_logsumexp) delta -= static_cast<const Real*>(t.grad_logsumexp)[index];
 
-  const Real logsumexp = static_cast<const Real*>(t.logsumexp)[index];
-  const Real magnitude = Math<Real>::abs(logsumexp);
-  Real scale = 1;
-  if (magnitude > static_cast<Real>(kLargeLogsumexp) && magnitude < static_cast<Real>(INFINITY)) {
-    const HeadScore<Real> score(p, batch, head);
-    const T* const query = row_of(p.query, head, row);
-    const KeyRange range = score.band.keys_of_row(row);
-    Real sum = 0;
-    for (int64_t key = range.begin + lane; key < range.end; key += 32) {
-      const T* const k = row_of(p.key, head / p.group_size(), key);
-      Real dot = 0;
-      for (int64_t c = 0; c < p.head_dim; ++c) dot += load(query + c) * load(k + c);
-      sum += Math<Real>::exp(score.score(score.mod.capped(dot), row, key, true) - logsumexp);
-    }
-    sum = warp_sum(sum);
-    if (p.sinks.defined()) sum += Math<Real>::exp(per_head<Real>(p.sinks, batch, head) - logsumexp);
-    if (sum > 0) scale = 1 / sum;
-  }
+  const HeadScore<Real> score(p, batch, head);
+  const Real scale = weight_scale_of_row<T>(p, score, batch, head, row, static_cast<const Real*>(t.logsumexp)[index]);
   if (lane == 0) {
     result.delta[index] = delta;
     result.weight_scale[index] = scale;

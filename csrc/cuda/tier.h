@@ -34,6 +34,9 @@ struct Tier {
                         const Stream&);
 };
 
+// The tier that force_tier named; empty: none.
+std::string forced_tier_name();
+
 namespace sm80 {
 extern const Tier kTier;
 }

@@ -1,6 +1,7 @@
 """`python -m torch_attn.info` names what was built and what runs."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from torch_attn import _library
+from torch_attn.info import explain
 
 
 def info(**variables: str) -> dict[str, str]:
@@ -27,6 +29,56 @@ def test_info_names_both_torch_releases() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA may be on where there is a GPU")
 def test_info_says_why_cuda_is_off() -> None:
     assert info()["cuda"].startswith("off: ")
+
+
+def test_explain_names_the_instruction_set_of_a_call_on_the_cpu() -> None:
+    query = torch.randn(1, 2, 5, 16)
+    explanation = explain(query, query, query, is_causal=True)
+    assert explanation.tier == "cpu"
+    assert str(explanation).startswith(f"cpu         serves: compiled for {torch.ops.torch_attn.cpu_isa()}\n")
+    assert explain(*[query.to("meta")] * 3).tier == "composite"
+
+
+@pytest.mark.skipif(bool(_library.build_info()["cuda_off_reason"]), reason="the library has no CUDA kernels")
+@pytest.mark.parametrize(
+    ("dtype", "sizes", "options", "tier", "text"),
+    [
+        (torch.float16, {}, {}, "sm80", "one kernel"),
+        (torch.float16, {"L": 1, "S": 4096}, {}, "sm80", r"query heads of a group together, their keys in \d+ parts"),
+        (torch.float16, {}, {"compute_capability": 75}, "simt", "sm80 .*cannot: it needs compute capability 8.0"),
+        (torch.float16, {"D": 20}, {}, "simt", "sm80 .*cannot: head_dim and value_dim must be multiples of 8"),
+        (torch.float32, {}, {}, "simt", "torch.backends.cuda.matmul.allow_tf32 does not allow"),
+        (torch.float64, {}, {}, "simt", "it takes float16, bfloat16 and float32"),
+        (torch.float16, {"D": 256}, {"backward": True}, "sm80", "one kernel for grad_query, one for"),
+        (torch.float16, {"D": 256}, {"backward": True, "compute_capability": 86}, "simt", "shared memory is too small"),
+        (torch.float16, {}, {"backward": True, "multiprocessors": 1}, "sm80", "which adds with atomics"),
+    ],
+)
+def test_explain_says_why_a_tier_is_passed_over(
+    dtype: torch.dtype, sizes: dict[str, int], options: dict, tier: str, text: str
+) -> None:
+    size = {"L": 128, "S": 128, "D": 64} | sizes
+    query = torch.empty(1, 2, size["L"], size["D"], dtype=dtype)
+    key = torch.empty(1, 2, size["S"], size["D"], dtype=dtype)
+    explanation = explain(query, key, key, **({"compute_capability": 80} | options))
+    assert explanation.tier == tier
+    assert re.search(text, str(explanation)), explanation
+
+
+@pytest.mark.skipif(bool(_library.build_info()["cuda_off_reason"]), reason="the library has no CUDA kernels")
+def test_explain_heeds_what_is_asked_of_torch() -> None:
+    query = torch.empty(1, 2, 128, 64)
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        torch.use_deterministic_algorithms(True)
+        assert "products in TF32" in str(explain(query, query, query, compute_capability=80))
+        half = query.half()
+        backward = explain(half, half, half, compute_capability=80, multiprocessors=1, backward=True)
+        assert "one for grad_key and grad_value" in str(backward)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("isa", torch.ops.torch_attn.cpu_isas())

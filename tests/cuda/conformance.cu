@@ -2,6 +2,7 @@
 // for the CPU; test_conformance.py compares the two with each other and with torch.
 #include "cuda/launch.h"
 #include "cuda/ptx.cuh"
+#include "cuda/ptx_sm90.cuh"
 
 namespace torch_attn::cuda {
 namespace {
@@ -75,6 +76,37 @@ __global__ void tf32_kernel(const float* in, uint32_t* out) {
   memcpy(out + 4, d, sizeof(d));
 }
 
+// A bulk copy of all of `in` into each of two buffers, one after the other: the second is filled once all threads have
+// arrived at the barrier that says the first has been read. Out: the first buffer backwards, and the sum of both.
+__global__ void mbarrier_kernel(const uint32_t* in, uint32_t* out) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  constexpr int kWords = 32 * kInputWords, kBytes = 4 * kWords;
+  TA_DYNAMIC_SHARED(memory);
+  uint32_t* const buffer = reinterpret_cast<uint32_t*>(memory);
+  uint64_t* const full = reinterpret_cast<uint64_t*>(memory + 2 * kBytes);
+  uint64_t* const empty = full + 1;
+  const int thread = threadIdx.x;
+  if (thread == 0) {
+    ptx::mbarrier_init(full, 1);
+    ptx::mbarrier_init(empty, 32);
+    ptx::mbarrier_init_fence();
+  }
+  __syncthreads();
+  for (int step = 0; step < 2; ++step) {
+    if (thread == 0) {
+      ptx::mbarrier_wait(empty, (step + 1) % 2);
+      ptx::mbarrier_arrive_expect_tx(full, kBytes);
+      ptx::cp_async_bulk(buffer + step * kWords, in, kBytes, full);
+    }
+    ptx::mbarrier_wait(full, step % 2);
+    for (int i = thread; i < kWords; i += 32) out[i] = step == 0 ? buffer[kWords - 1 - i] : out[i] + buffer[kWords + i];
+    ptx::mbarrier_arrive(empty);
+  }
+#else
+  (void)in, (void)out;
+#endif
+}
+
 // Calls run(in, out) with the two buffers where the kernels run. Returns 0, or the CUDA error.
 template <class Run>
 int with_device_memory(const void* in, size_t in_bytes, void* out, size_t out_bytes, Run&& run) {
@@ -114,6 +146,16 @@ int run_tf32_conformance(const float* in, uint32_t* out) {
   using namespace torch_attn::cuda;
   return with_device_memory(in, 32 * kInputWords * 4, out, 32 * kTf32Words * 4, [&](void* from, void* to) {
     launch(tf32_kernel, 1, 32, 0, Stream{}, static_cast<const float*>(from), static_cast<uint32_t*>(to));
+  });
+}
+
+// in and out: 32 x 16 words. For sm_90 and newer.
+int run_mbarrier_conformance(const uint32_t* in, uint32_t* out) {
+  using namespace torch_attn::cuda;
+  constexpr int kBytes = 32 * kInputWords * 4;
+  return with_device_memory(in, kBytes, out, kBytes, [&](void* from, void* to) {
+    launch(mbarrier_kernel, 1, 32, 2 * kBytes + 16, Stream{}, static_cast<const uint32_t*>(from),
+           static_cast<uint32_t*>(to));
   });
 }
 

@@ -137,6 +137,24 @@ def test_gpu_computes_what_the_emulation_of_tf32_does(emulated: ctypes.CDLL, com
     torch.testing.assert_close(floats(actual[:, 4:]), floats(expected[:, 4:]), rtol=1e-5, atol=1e-5)
 
 
+def check_mbarriers(library: ctypes.CDLL) -> None:
+    inputs = torch.randint(1 << 20, (512,), dtype=torch.int32)
+    words = torch.empty_like(inputs)
+    pointers = ctypes.c_void_p(inputs.data_ptr()), ctypes.c_void_p(words.data_ptr())
+    assert library.run_mbarrier_conformance(*pointers) == 0
+    assert torch.equal(words, inputs + inputs.flip(0))
+
+
+def test_emulated_mbarriers_and_bulk_copies_keep_their_order(emulated: ctypes.CDLL) -> None:
+    check_mbarriers(emulated)
+
+
+def test_mbarriers_and_bulk_copies_of_the_gpu_keep_their_order(compiled: ctypes.CDLL) -> None:
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs sm_90")
+    check_mbarriers(compiled)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gpu_computes_what_the_emulation_does(dtype: torch.dtype, emulated: ctypes.CDLL, compiled: ctypes.CDLL) -> None:
     inputs = torch.randn(32, 32).to(dtype)

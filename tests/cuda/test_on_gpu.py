@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
-from ..cases import CASE_BY_NAME, CASES, Case, small
-from ..cuda_emulation.test_kernels import assert_accurate, draw_call
-from ..oracle import Call, run_kernel
+from torch_attn.info import explain
+
+from ..cases import CASE_BY_NAME, CASES, CAUSAL, Case, small
+from ..cuda_emulation.test_decode import CASES as DECODE_CASES
+from ..cuda_emulation.test_kernels import HALF, TF32_WIDTHS, draw_call
+from ..oracle import Call, assert_accurate, run_kernel
 
 pytestmark = pytest.mark.skipif(
     not (
@@ -18,6 +23,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
 
 
 def on_gpu(call: Call) -> Call:
@@ -34,7 +47,58 @@ def on_gpu(call: Call) -> Call:
 def test_error_is_within_a_small_factor_of_torch_math(case: Case, dtype: torch.dtype) -> None:
     call = draw_call(case, dtype)
     actual, keep = run_kernel(on_gpu(call))
-    assert_accurate(call, {name: x.cpu() for name, x in actual.items()}, None if keep is None else keep.cpu())
+    keep = None if keep is None else keep.cpu()
+    assert_accurate(call, {name: x.cpu() for name, x in actual.items()}, keep, rounds_weights=dtype in HALF)
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("case", [*TF32_WIDTHS, CASE_BY_NAME["causal_long"], CASE_BY_NAME["everything"]], ids=str)
+def test_tf32_error_is_within_a_small_factor_of_torch_math_in_tf32(case: Case, tf32: None) -> None:
+    call = draw_call(case, torch.float32)
+    actual, keep = run_kernel(on_gpu(call))
+    keep = None if keep is None else keep.cpu()
+    assert_accurate(call, {name: x.cpu() for name, x in actual.items()}, keep, rounds_weights=True, tf32=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", DECODE_CASES, ids=str)
+def test_decoding_error_is_within_a_small_factor_of_torch_math(case: Case, dtype: torch.dtype) -> None:
+    call = draw_call(case, dtype)
+    actual, keep = run_kernel(on_gpu(call))
+    keep = None if keep is None else keep.cpu()
+    assert_accurate(call, {name: x.cpu() for name, x in actual.items()}, keep, rounds_weights=dtype in HALF)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_gradients_with_atomics_are_as_accurate_as_without(dtype: torch.dtype, head_dim: int) -> None:
+    """Blocks enough for the kernel that adds with atomics to be chosen; explain says that it was."""
+    sizes = {"batch": 8, "heads": 8, "kv_heads": 4, "query_length": 700, "key_length": 650}
+    case = Case("many_blocks", **sizes, head_dim=head_dim, value_dim=head_dim, options=CAUSAL)
+    call = draw_call(case, dtype, grad_logsumexp=False)
+    gpu = on_gpu(call)
+    explanation = explain(gpu.query, gpu.key, gpu.value, backward=True, **gpu.options)
+    assert "adds with atomics" in str(explanation)
+    assert_accurate(call, {name: x.cpu() for name, x in run_kernel(gpu)[0].items()}, None, rounds_weights=True)
+
+
+def test_gradients_are_the_same_in_every_run_where_that_is_asked(deterministic: None) -> None:
+    query = torch.randn(4, 16, 1000, 64, device="cuda", dtype=torch.float16, requires_grad=True)
+
+    def gradient() -> torch.Tensor:
+        out = torch.ops.torch_attn.attention_forward(query, query, query, is_causal=True)[0]
+        return torch.autograd.grad(out.float().square().sum(), query)[0]
+
+    first = gradient()
+    for _ in range(5):
+        assert torch.equal(gradient(), first)
 
 
 @pytest.mark.parametrize("name", ["plain", "float_mask_causal", "alibi", "softcap", "sinks", "grouped_query"])

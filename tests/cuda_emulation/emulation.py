@@ -42,6 +42,8 @@ class AttentionProblem(Structure):
         ("window_right", c_int64),
         ("alignment", c_uint8),
         ("key_lengths", c_void_p),
+        ("query_rows", c_void_p),
+        ("full_query_length", c_int64),
         ("dropout_p", c_double),
         ("philox_seed", c_uint64),
         ("philox_offset", c_uint64),
@@ -72,6 +74,8 @@ class Fault(IntEnum):
     SKIP_BLOCK_BARRIER = 1
     SKIP_WARP_BARRIER = 2
     SKIP_COPY_WAIT = 3
+    WRONG_PHASE = 4
+    EARLY_RELEASE = 5
 
 
 class KernelError(RuntimeError):
@@ -116,9 +120,11 @@ class Device:
             names.append(name.decode())
         return names
 
-    def run_faulty_kernel(self, name: str) -> None:
+    def run_faulty_kernel(self, name: str) -> Tensor:
         self.lib.emulation_free_all()
-        self.check(self.lib.emulation_run_faulty_kernel(self.faulty_kernels().index(name)))
+        result = torch.empty(64)
+        self.check(self.lib.emulation_run_faulty_kernel(self.faulty_kernels().index(name), c_void_p(result.data_ptr())))
+        return result
 
     # Memory: one allocation for each storage, so that strides and gaps are the tensor's own.
 

@@ -1,6 +1,7 @@
 // Small kernels, each with one bug (or none), for test_emulator.py: the emulator must find the bug and name it. Their
 // number is the order of kKernels.
 #include "cuda/ptx.cuh"
+#include "cuda/ptx_sm90.cuh"
 #include "faulty_kernels.h"
 
 namespace torch_attn::cuda::faulty {
@@ -86,6 +87,75 @@ __global__ void blocks_race(float* out, bool atomic) {
     *out += 1.0f;
 }
 
+// What can be wrong with pipeline().
+struct PipelineFaults {
+  bool no_barrier_after_init = false;
+  bool producer_does_not_wait = false, consumers_do_not_wait = false, consumers_wait_for_wrong_phase = false;
+  bool release_before_reading = false, no_release = false, no_barrier_in_warp = false;
+  int missing_bytes = 0, missing_arrivals = 0;
+  bool generic_stores = false;  // not a fault: the producer stores what it could copy
+};
+
+// The first warp brings tiles into a ring of buffers, the second sums them up, in a way that tells their order: a full
+// and an empty barrier for each buffer.
+__global__ void pipeline(float* out, const float* in, PipelineFaults faults) {
+  constexpr int kBuffers = 2, kSteps = 8, kTile = 32, kTileOffset = 4;
+  TA_DYNAMIC_SHARED(memory);
+  uint64_t* const full = reinterpret_cast<uint64_t*>(memory);
+  uint64_t* const empty = full + kBuffers;
+  float* const tiles = reinterpret_cast<float*>(empty + kBuffers);
+  const int lane = threadIdx.x % 32;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kBuffers; ++i) {
+      ptx::mbarrier_init(full + i, 1);
+      ptx::mbarrier_init(empty + i, 1 - faults.missing_arrivals);
+    }
+    ptx::mbarrier_init_fence();
+  }
+  if (!faults.no_barrier_after_init) __syncthreads();
+  if (threadIdx.x < 32) {
+    for (int step = 0; step < kSteps; ++step) {
+      const int buffer = step % kBuffers, round = step / kBuffers;
+      float* const tile = tiles + buffer * kTile;
+      // In the first round there is nothing to wait for: the phase before the first has parity 1.
+      if (!faults.producer_does_not_wait) ptx::mbarrier_wait(empty + buffer, (round + 1) % 2);
+      if (faults.generic_stores) {
+        tile[lane] = in[step * kTileOffset + lane];
+        __syncwarp();
+        if (lane == 0) ptx::mbarrier_arrive(full + buffer);
+      } else if (lane == 0) {
+        constexpr int kBytes = kTile * sizeof(float);
+        ptx::mbarrier_arrive_expect_tx(full + buffer, kBytes - faults.missing_bytes);
+        ptx::cp_async_bulk(tile, in + step * kTileOffset, kBytes, full + buffer);
+      }
+    }
+  } else {
+    float sum = 0;
+    for (int step = 0; step < kSteps; ++step) {
+      const int buffer = step % kBuffers, parity = (step / kBuffers + faults.consumers_wait_for_wrong_phase) % 2;
+      if (!faults.consumers_do_not_wait) ptx::mbarrier_wait(full + buffer, parity);
+      if (faults.release_before_reading && lane == 0) ptx::mbarrier_arrive(empty + buffer);
+      sum = 2 * sum + tiles[buffer * kTile + (lane + 1) % 32];
+      if (!faults.no_barrier_in_warp) __syncwarp();
+      if (!faults.release_before_reading && !faults.no_release && lane == 0) ptx::mbarrier_arrive(empty + buffer);
+    }
+    out[lane] = sum;
+  }
+}
+
+PipelineFaults generic_stores() {
+  PipelineFaults faults;
+  faults.generic_stores = true;
+  return faults;
+}
+template <class Value>
+PipelineFaults with(Value PipelineFaults::* fault, Value value, bool stores = false) {
+  PipelineFaults faults;
+  faults.generic_stores = stores;
+  faults.*fault = value;
+  return faults;
+}
+
 struct Kernel {
   const char* name;
   void (*body)(float* out, const float* in);
@@ -111,6 +181,32 @@ constexpr Kernel kKernels[] = {
     {"read of unwritten shared memory", [](float* out, const float*) { read_unwritten(out); }},
     {"divergent barrier", [](float*, const float*) { divergent_barrier(); }},
     {"divergent collective", [](float* out, const float*) { divergent_collective(out); }},
+    {"pipeline", [](float* out, const float* in) { pipeline(out, in, {}); }},
+    {"pipeline of stores", [](float* out, const float* in) { pipeline(out, in, generic_stores()); }},
+    {"pipeline without barrier after init",
+     [](float* out, const float* in) { pipeline(out, in, with(&PipelineFaults::no_barrier_after_init, true)); }},
+    {"pipeline whose producer does not wait",
+     [](float* out, const float* in) { pipeline(out, in, with(&PipelineFaults::producer_does_not_wait, true)); }},
+    {"pipeline of stores whose producer does not wait",
+     [](float* out, const float* in) { pipeline(out, in, with(&PipelineFaults::producer_does_not_wait, true, true)); }},
+    {"pipeline whose consumers do not wait",
+     [](float* out, const float* in) { pipeline(out, in, with(&PipelineFaults::consumers_do_not_wait, true)); }},
+    {"pipeline with wrong phase",
+     [](float* out, const float* in) {
+       pipeline(out, in, with(&PipelineFaults::consumers_wait_for_wrong_phase, true));
+     }},
+    {"pipeline with early release",
+     [](float* out, const float* in) { pipeline(out, in, with(&PipelineFaults::release_before_reading, true)); }},
+    {"pipeline of stores with early release",
+     [](float* out, const float* in) { pipeline(out, in, with(&PipelineFaults::release_before_reading, true, true)); }},
+    {"pipeline without barrier in warp before release",
+     [](float* out, const float* in) { pipeline(out, in, with(&PipelineFaults::no_barrier_in_warp, true)); }},
+    {"pipeline without release",
+     [](float* out, const float* in) { pipeline(out, in, with(&PipelineFaults::no_release, true)); }},
+    {"pipeline that expects too few bytes",
+     [](float* out, const float* in) { pipeline(out, in, with(&PipelineFaults::missing_bytes, 16)); }},
+    {"pipeline with too many arrivals",
+     [](float* out, const float* in) { pipeline(out, in, with(&PipelineFaults::missing_arrivals, 1)); }},
     {"blocks add with atomics", [](float* out, const float*) { blocks_race(out, true); }, 2},
     {"blocks add without atomics", [](float* out, const float*) { blocks_race(out, false); }, 2},
 };
@@ -122,7 +218,10 @@ const char* name(int kernel) {
 }
 
 void run(int kernel, float* out, const float* in) {
-  emulation::launch(kKernels[kernel].blocks, kThreads, kThreads * sizeof(float),
+  constexpr size_t kSharedBytes = kThreads * sizeof(float);
+  // A pipeline's barriers come before its buffers.
+  const bool has_barriers = std::string(kKernels[kernel].name).rfind("pipeline", 0) == 0;
+  emulation::launch(kKernels[kernel].blocks, kThreads, kSharedBytes + (has_barriers ? 4 * sizeof(uint64_t) : 0),
                     [&] { kKernels[kernel].body(out, in); });
 }
 

@@ -1,9 +1,12 @@
 // The C interface through which emulation.py runs kernels: every call returns 0, or 1 and leaves a sentence in
 // emulation_error(). Tensors live in the emulated device's memory.
+#include <algorithm>
 #include <exception>
 #include <string>
 
 #include "cuda/kernels.h"
+#include "cuda/map_kernels.h"
+#include "cuda/selection_kernels.h"
 #include "emulator/memory.h"
 #include "emulator/scheduler.h"
 #include "faulty_kernels.h"
@@ -79,19 +82,94 @@ int emulation_backward(const torch_attn::AttentionProblem* problem, const torch_
   });
 }
 
+// The sizes of the structures that maps.py mirrors.
+void emulation_map_structure_sizes(size_t* sizes) {
+  sizes[0] = sizeof(torch_attn::StatisticsOutputs);
+  sizes[1] = sizeof(torch_attn::WeightsOutputs);
+  sizes[2] = sizeof(torch_attn::MapBackwardTensors);
+}
+
+int emulation_attention_statistics(const torch_attn::AttentionProblem* problem,
+                                   const torch_attn::StatisticsOutputs* outputs) {
+  return guarded([&] {
+    void* workspace = emulation::allocate(cuda::map_forward_workspace_bytes(*problem), sizeof(float));
+    cuda::attention_statistics(*problem, *outputs, workspace, {});
+  });
+}
+
+int emulation_attention_weights(const torch_attn::AttentionProblem* problem,
+                                const torch_attn::WeightsOutputs* outputs) {
+  return guarded([&] {
+    void* workspace = emulation::allocate(cuda::map_forward_workspace_bytes(*problem), sizeof(float));
+    cuda::attention_weights(*problem, *outputs, workspace, {});
+  });
+}
+
+int emulation_attention_map_backward(const torch_attn::AttentionProblem* problem,
+                                     const torch_attn::MapBackwardTensors* tensors) {
+  return guarded([&] {
+    void* workspace = emulation::allocate(cuda::map_backward_workspace_bytes(*problem), sizeof(float));
+    cuda::attention_map_backward(*problem, *tensors, workspace, {});
+  });
+}
+
 int emulation_keep_mask(const torch_attn::AttentionProblem* problem, bool* out) {
   return guarded([&] { cuda::dropout_keep_mask(*problem, out, {}); });
 }
 
+void emulation_selection_structure_sizes(size_t* sizes) {
+  sizes[0] = sizeof(torch_attn::Selection);
+  sizes[1] = sizeof(torch_attn::SelectionOutputs);
+  sizes[2] = sizeof(torch_attn::SelectionBackwardTensors);
+  sizes[3] = sizeof(torch_attn::RowChoice);
+}
+
+int emulation_select_keys(const torch_attn::AttentionProblem* problem, const torch_attn::Selection* selection,
+                          const torch_attn::SelectionOutputs* outputs) {
+  return guarded([&] {
+    void* workspace = emulation::allocate(cuda::select_keys_workspace_bytes(*problem, *selection), sizeof(float));
+    cuda::select_keys(*problem, *selection, *outputs, workspace, {});
+  });
+}
+
+int emulation_select_keys_backward(const torch_attn::AttentionProblem* problem,
+                                   const torch_attn::SelectionBackwardTensors* tensors) {
+  return guarded([&] {
+    void* workspace = emulation::allocate(cuda::select_keys_backward_workspace_bytes(*problem), sizeof(float));
+    cuda::select_keys_backward(*problem, *tensors, workspace, {});
+  });
+}
+
+int emulation_gather_rows(const torch_attn::RowChoice* choice, const torch_attn::TensorView* source,
+                          const torch_attn::TensorView* out) {
+  return guarded([&] { cuda::gather_rows(*choice, *source, *out, {}); });
+}
+
+int emulation_scatter_rows(const torch_attn::RowChoice* choice, const torch_attn::TensorView* rows,
+                           const torch_attn::TensorView* out) {
+  return guarded([&] { cuda::scatter_rows(*choice, *rows, *out, {}); });
+}
+
+int emulation_chosen_dots(const torch_attn::RowChoice* choice, const torch_attn::TensorView* rows,
+                          const torch_attn::TensorView* source, void* dots) {
+  return guarded([&] { cuda::chosen_dots(*choice, *rows, *source, dots, {}); });
+}
+
 const char* emulation_faulty_kernel_name(int kernel) { return cuda::faulty::name(kernel); }
 
-int emulation_run_faulty_kernel(int kernel) {
+// result: of cuda::faulty::kElements numbers.
+int emulation_run_faulty_kernel(int kernel, float* result) {
   return guarded([&] {
     constexpr size_t kBytes = cuda::faulty::kElements * sizeof(float);
     float* out = static_cast<float*>(emulation::allocate(kBytes, sizeof(float)));
     float* in = static_cast<float*>(emulation::allocate(kBytes, sizeof(float)));
+    for (int i = 0; i < cuda::faulty::kElements; ++i) {
+      in[i] = static_cast<float>(i);
+      out[i] = 0;
+    }
     emulation::set_read_only(in, true);
     cuda::faulty::run(kernel, out, in);
+    std::copy_n(out, cuda::faulty::kElements, result);
   });
 }
 

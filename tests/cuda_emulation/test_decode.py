@@ -87,10 +87,11 @@ def test_logsumexp_of_a_split_call_is_that_of_the_whole(device: Device) -> None:
 def test_results_do_not_depend_on_the_schedule(device: Device) -> None:
     call, rng_state = draw_call(CASE_BY_NAME["everything"], torch.bfloat16), random_rng_state()
     first = Run(device, call, rng_state).forward()
-    device.configure(random_seed())
-    second = Run(device, call, rng_state).forward()
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
+    for _ in range(3):
+        device.configure(random_seed())
+        other = Run(device, call, rng_state).forward()
+        for name, value in first.items():
+            assert torch.equal(value, other[name]), name
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)

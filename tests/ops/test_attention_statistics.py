@@ -16,29 +16,25 @@ from torch_attn import reference
 
 from ..cases import CASE_BY_NAME, Case, small
 from ..map_oracle import (
+    ASKED,
     DTYPES,
     MAP_CASES,
+    STATISTICS,
     Results,
     accumulator_of,
+    assert_keys_hold_the_largest_weights,
     assert_within_precision,
     draw,
     dtype_name,
+    exact_statistics,
+    in_float64,
     leaves_of,
+    statistics_cotangents,
     with_gradients,
 )
 from .test_fused_derivatives import LargestResult
 
 ops = torch.ops.torch_attn
-ASKED: dict[str, Any] = {"top_k": 3, "mass_window": 5}
-DIFFERENTIABLE = (
-    "logsumexp",
-    "entropy",
-    "max_weight",
-    "mean_distance",
-    "window_mass",
-    "top_weights",
-    "column_sum",
-)
 
 
 def ours(query: Tensor, key: Tensor, **options: Any) -> Results:
@@ -46,48 +42,11 @@ def ours(query: Tensor, key: Tensor, **options: Any) -> Results:
     return {n: x for n, x in statistics._asdict().items() if x is not None}
 
 
-def exact(query: Tensor, key: Tensor, options: dict[str, Any], cotangents: Results) -> Results:
-    def function(*args: Tensor, **kwargs: Any) -> Results:
-        found = reference.attention_statistics(*args, **kwargs, **ASKED)
-        return {n: x for n, x in found.items() if x is not None}
-
-    return with_gradients(function, query, key, options, cotangents)
-
-
-def cotangents_for(query: Tensor, key: Tensor, names: tuple[str, ...]) -> Results:
-    rows = query.shape[:3]
-    shapes = {"top_weights": (*rows, ASKED["top_k"]), "column_sum": (*rows[:2], key.size(2))}
-    drawn = {n: torch.randn(shapes.get(n, rows), dtype=accumulator_of(query.dtype)) for n in names}
-    if "mean_distance" in drawn:  # whose derivatives are as large as the distances
-        drawn["mean_distance"] /= query.size(2) + key.size(2)
-    return drawn
-
-
-def in_float64(*tensors: Tensor) -> list[Tensor]:
-    return [x.double() for x in tensors]
-
-
-def assert_keys_hold_the_largest_weights(actual: Results, weights: Tensor) -> None:
-    """Of scores that rounding makes equal either may come first: the chosen keys' weights decide, not their numbers."""
-    attended = (weights > 0).sum(-1)
-    bound = 1e-4
-    assert torch.equal(actual["argmax"] < 0, attended == 0)
-    indices = actual["top_indices"]
-    assert torch.equal((indices >= 0).sum(-1), attended.clamp(max=ASKED["top_k"]))
-    padded = torch.nn.functional.pad(weights, (0, 1))
-    at = padded.gather(-1, indices.clamp(min=0)).masked_fill(indices < 0, 0.0)
-    assert (at - actual["top_weights"].double()).abs().max() < bound
-    assert torch.equal(indices[..., 0], actual["argmax"])
-    assert torch.equal(actual["top_weights"][..., 0], actual["max_weight"])
-    distinct = indices.sort(-1).values
-    assert ((distinct[..., 1:] != distinct[..., :-1]) | (distinct[..., 1:] < 0)).all()
-
-
 @pytest.mark.parametrize("case", MAP_CASES, ids=str)
 def test_equals_the_float64_map(case: Case, isa: str, poisoned_memory: None) -> None:
     query, key, options = draw(case, torch.float32)
     actual = ours(query, key, **options)
-    assert_within_precision(actual, exact, torch.float32, query, key, options, {})
+    assert_within_precision(actual, exact_statistics, torch.float32, query, key, options, {})
     if case.name != "extreme_mask_rows":  # where float32 rounds all scores to one
         assert_keys_hold_the_largest_weights(actual, reference.attention_weights(*in_float64(query, key), **options))
 
@@ -95,10 +54,10 @@ def test_equals_the_float64_map(case: Case, isa: str, poisoned_memory: None) -> 
 @pytest.mark.parametrize("case", MAP_CASES, ids=str)
 def test_results_and_gradients_equal_float64_autograd(case: Case, poisoned_memory: None) -> None:
     query, key, options = draw(case, torch.float64)
-    names = tuple(n for n in DIFFERENTIABLE if n != "logsumexp" or case.name != "extreme_mask_rows")
-    cotangents = cotangents_for(query, key, names)  # torch's derivative of a logsumexp of −1e9 is wrong
+    names = tuple(n for n in STATISTICS if n != "logsumexp" or case.name != "extreme_mask_rows")
+    cotangents = statistics_cotangents(query, key, names)  # torch's derivative of a logsumexp of −1e9 is wrong
     actual = with_gradients(ours, query, key, options, cotangents)
-    assert_within_precision(actual, exact, torch.float64, query, key, options, cotangents)
+    assert_within_precision(actual, exact_statistics, torch.float64, query, key, options, cotangents)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
@@ -106,20 +65,20 @@ def test_results_and_gradients_equal_float64_autograd(case: Case, poisoned_memor
 def test_every_dtype_on_every_instruction_set(name: str, dtype: torch.dtype, isa: str, poisoned_memory: None) -> None:
     query, key, options = draw(CASE_BY_NAME[name], dtype)
     unstable = () if dtype == torch.float64 else ("max_weight", "top_weights")  # two keys may change places at the top
-    cotangents = cotangents_for(query, key, tuple(n for n in DIFFERENTIABLE if n not in unstable))
+    cotangents = statistics_cotangents(query, key, tuple(n for n in STATISTICS if n not in unstable))
     actual = with_gradients(ours, query, key, options, cotangents)
     assert actual["entropy"].dtype == actual["top_weights"].dtype == accumulator_of(dtype)
-    assert_within_precision(actual, exact, dtype, query, key, options, cotangents)
+    assert_within_precision(actual, exact_statistics, dtype, query, key, options, cotangents)
     assert_keys_hold_the_largest_weights(actual, reference.attention_weights(*in_float64(query, key), **options))
 
 
-@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.parametrize("name", STATISTICS)
 def test_each_gradient_alone_equals_float64_autograd(name: str, isa: str) -> None:
     query, key, options = draw(CASE_BY_NAME["everything"], torch.float64)
-    cotangents = cotangents_for(query, key, (name,))
+    cotangents = statistics_cotangents(query, key, (name,))
     actual = with_gradients(ours, query, key, options, cotangents)
     assert "grad_query" in actual
-    assert_within_precision(actual, exact, torch.float64, query, key, options, cotangents)
+    assert_within_precision(actual, exact_statistics, torch.float64, query, key, options, cotangents)
 
 
 @pytest.mark.parametrize("name", ["extreme_mask_rows", "sinks"])
@@ -151,10 +110,10 @@ def test_empty_dimensions(sizes: tuple[int, ...], isa: str, poisoned_memory: Non
     found = ours(query, key)
     assert (found["logsumexp"] == -math.inf).all()
     assert (found["argmax"] == -1).all() and (found["top_indices"] == -1).all()
-    for name in DIFFERENTIABLE[1:]:
+    for name in STATISTICS[1:]:
         assert (found[name] == 0).all(), name
     assert found["column_sum"].shape == (batch, heads, key_length)
-    sum(found[n].sum() for n in DIFFERENTIABLE[1:]).backward()
+    sum(found[n].sum() for n in STATISTICS[1:]).backward()
     assert (query.grad == 0).all() and (key.grad == 0).all()
 
 
@@ -167,7 +126,7 @@ def test_a_row_with_no_key_has_zeros(isa: str, poisoned_memory: None) -> None:
         assert (found[name][:, :, 2] == 0).all() and found[name].isfinite().all(), name
     assert (found["argmax"][:, :, 2] == -1).all() and (found["top_indices"][:, :, 2] == -1).all()
     torch.testing.assert_close(found["column_sum"].sum(-1), torch.full((1, 2), 5.0, dtype=torch.float64))
-    sum(found[n].square().sum() for n in DIFFERENTIABLE[1:]).backward()
+    sum(found[n].square().sum() for n in STATISTICS[1:]).backward()
     assert query.grad is not None and (query.grad[:, :, 2] == 0).all() and query.grad.isfinite().all()
     assert key.grad is not None and key.grad.isfinite().all()
 
@@ -217,7 +176,7 @@ def test_entropy_keeps_its_digits_beside_large_scores(isa: str) -> None:
 def test_any_strides_are_accepted(dtype: torch.dtype, isa: str) -> None:
     query = torch.randn(2, 2, 18, 12).to(dtype)[:, :, ::2, ::2]
     key = torch.randn(2, 2, 6, 11).to(dtype).transpose(-2, -1)
-    assert_within_precision(ours(query, key), exact, dtype, query, key, {}, {})
+    assert_within_precision(ours(query, key), exact_statistics, dtype, query, key, {}, {})
 
 
 SHAPES = [((5, 4), (7, 4)), ((2, 5, 4), (2, 7, 4)), ((1, 3, 5, 4), (2, 3, 7, 4)), ((2, 2, 3, 5, 4), (2, 1, 3, 7, 4))]
@@ -253,7 +212,7 @@ def test_neither_forward_nor_backward_holds_the_map() -> None:
     query, key = (torch.randn(1, 2, length, 4, requires_grad=True) for _ in range(2))
     with LargestResult() as results:
         found = ours(query, key, is_causal=True)
-        sum(found[n].sum() for n in DIFFERENTIABLE).backward()
+        sum(found[n].sum() for n in STATISTICS).backward()
     assert 0 < results.elements < length * length
 
 
@@ -269,7 +228,7 @@ def test_gradcheck_of_first_and_second_derivatives(name: str) -> None:
     def function(*args: Tensor) -> tuple[Tensor, ...]:
         given = options | dict(zip(leaves, args, strict=True))
         found = ours(given.pop("query"), given.pop("key"), **given)
-        return tuple(found[n].masked_fill(~found[n].isfinite(), 0.0) for n in DIFFERENTIABLE)
+        return tuple(found[n].masked_fill(~found[n].isfinite(), 0.0) for n in STATISTICS)
 
     inputs = tuple(x.detach().clone().requires_grad_() for x in leaves.values())
     assert gradcheck(function, inputs, check_forward_ad=True)
@@ -290,7 +249,7 @@ def test_opcheck(name: str, requires_grad: bool) -> None:
 def test_opcheck_backward(name: str) -> None:
     query, key, options = draw(small(CASE_BY_NAME[name]), torch.float32)
     s = torch_attn.AttentionStatistics(*ops.attention_statistics_forward(query, key, **options, **ASKED))
-    gradients = [torch.randn_like(getattr(s, n)) for n in DIFFERENTIABLE]
+    gradients = [torch.randn_like(getattr(s, n)) for n in STATISTICS]
     saved = (s.logsumexp, s.entropy, s.max_weight, s.argmax, s.mean_distance, s.window_mass, s.top_weights)
     wanted = [True, True, "attn_mask" in options, "alibi_slopes" in options, "sinks" in options]
     args = (*gradients, query, key, *saved, s.top_indices)

@@ -22,7 +22,9 @@ from ..map_oracle import (
     assert_within_precision,
     draw,
     dtype_name,
+    exact_weights,
     leaves_of,
+    weights_cotangent,
     with_gradients,
 )
 from .test_fused_derivatives import LargestResult
@@ -50,27 +52,12 @@ def ours(part: dict[str, Any]) -> Callable[..., Results]:
     return function
 
 
-def exact(part: dict[str, Any]) -> Callable[..., Results]:
-    def function(query: Tensor, key: Tensor, options: dict[str, Any], cotangents: Results) -> Results:
-        def weights(*args: Tensor, **kwargs: Any) -> Results:
-            return {"weights": reference.attention_weights(*args, **kwargs, **part)}
-
-        return with_gradients(weights, query, key, options, cotangents)
-
-    return function
-
-
-def cotangent(query: Tensor, key: Tensor, part: dict[str, Any]) -> Results:
-    shape = reference.attention_weights(query.double(), key.double(), **part).shape
-    return {"weights": torch.randn(shape).to(query.dtype)}
-
-
 @pytest.mark.parametrize("case", MAP_CASES, ids=str)
 def test_equals_the_float64_map(case: Case, isa: str, poisoned_memory: None) -> None:
     query, key, options = draw(case, torch.float32)
     for part in ({}, {"heads": "mean"}):
         actual = ours(part)(query, key, **options)
-        assert_within_precision(actual, exact(part), torch.float32, query, key, options, {})
+        assert_within_precision(actual, exact_weights(part), torch.float32, query, key, options, {})
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -78,9 +65,9 @@ def test_equals_the_float64_map(case: Case, isa: str, poisoned_memory: None) -> 
 def test_any_part_and_its_gradients_equal_float64_autograd(case: Case, part: str, poisoned_memory: None) -> None:
     query, key, options = draw(case, torch.float64)
     chosen = PARTS[part](case)
-    given = cotangent(query, key, chosen)
+    given = weights_cotangent(query, key, chosen)
     actual = with_gradients(ours(chosen), query, key, options, given)
-    assert_within_precision(actual, exact(chosen), torch.float64, query, key, options, given)
+    assert_within_precision(actual, exact_weights(chosen), torch.float64, query, key, options, given)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
@@ -88,10 +75,10 @@ def test_any_part_and_its_gradients_equal_float64_autograd(case: Case, part: str
 def test_every_dtype_on_every_instruction_set(name: str, dtype: torch.dtype, isa: str, poisoned_memory: None) -> None:
     query, key, options = draw(CASE_BY_NAME[name], dtype)
     for part in ({}, {"heads": "mean"}):
-        given = cotangent(query, key, part)
+        given = weights_cotangent(query, key, part)
         actual = with_gradients(ours(part), query, key, options, given)
         assert all(x.dtype == (options.get(n.removeprefix("grad_"), query)).dtype for n, x in actual.items())
-        assert_within_precision(actual, exact(part), dtype, query, key, options, given)
+        assert_within_precision(actual, exact_weights(part), dtype, query, key, options, given)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
@@ -161,7 +148,7 @@ def test_any_strides_are_accepted(dtype: torch.dtype, isa: str) -> None:
     key = torch.randn(2, 2, 6, 11).to(dtype).transpose(-2, -1)
     given = {"weights": torch.randn(2, 2, 11, 9).to(dtype).mT}
     actual = with_gradients(ours({}), query, key, {}, given)
-    assert_within_precision(actual, exact({}), dtype, query, key, {}, given)
+    assert_within_precision(actual, exact_weights({}), dtype, query, key, {}, given)
 
 
 SHAPES = [((5, 4), (7, 4)), ((2, 5, 4), (2, 7, 4)), ((1, 3, 5, 4), (2, 3, 7, 4)), ((2, 2, 3, 5, 4), (2, 1, 3, 7, 4))]

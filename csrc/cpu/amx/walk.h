@@ -7,6 +7,7 @@
 
 namespace torch_attn::cpu::TORCH_ATTN_ISA {
 
+// Measured at head_dim 128: 128 and 512 rows are 13 and 6 % slower, blocks of 64 keys 6 %.
 constexpr int64_t kAmxBackwardRows = 256;
 
 // The query side: what ../row_block.h holds, in bfloat16.

@@ -9,7 +9,7 @@ namespace amx {
 // With fewer, a panel's lanes or a tile's keys would be mostly empty.
 constexpr int64_t kFewestMapRows = 16, kFewestMapKeys = 32;
 
-static void map_weights(const AttentionProblem& p, const WeightsOutputs& outputs, const Parallel& parallel) {
+static void map_weights(const AttentionProblem& p, const SoftmaxOutputs& outputs, const Parallel& parallel) {
   const bool suits = p.dtype == ScalarType::kBFloat16 && p.batch * p.kv_heads > 0 && p.query_length >= kFewestMapRows &&
                      p.key_length >= kFewestMapKeys;
   suits ? weights_with<AmxPanel>(p, outputs, parallel) : kAvx512MapKernels.weights(p, outputs, parallel);

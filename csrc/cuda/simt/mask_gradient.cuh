@@ -1,6 +1,6 @@
 // grad_attn_mask, in the mask's own broadcast shape: one block per 64 x 64 tile of it. The block goes through
 // everything that the mask was broadcast over (batches, heads, rows, keys) and sums in a fixed order, so the gradient
-// is deterministic. Every tier uses this kernel.
+// is deterministic. Every tier uses this kernel; hard attention's has the same blocks.
 #pragma once
 
 #include "../row_statistics.cuh"
@@ -21,6 +21,58 @@ struct Extent {
   }
 };
 
+// What one block sums and writes.
+struct MaskBlock {
+  Extent keys, rows, heads, batches;
+
+  TA_DEVICE MaskBlock(const AttentionProblem& p, const TensorView& mask) {
+    int64_t block = blockIdx.x;
+    keys = Extent::take(block, p.key_length, kTile, mask.stride[3]);
+    rows = Extent::take(block, p.query_length, kTile, mask.stride[2]);
+    heads = Extent::take(block, p.heads, 1, mask.stride[1]);
+    batches = Extent::take(block, p.batch, 1, mask.stride[0]);
+  }
+
+  // The block's sums to the mask's gradient. Where the mask was broadcast over rows (keys), the tile's rows (keys) all
+  // belong to one element of it.
+  template <class Real>
+  TA_DEVICE void store(const TensorView& mask, Shared<Real, kTile>& shared,
+                       const Real (&sum)[kPerThread][kPerThread]) const {
+    __syncthreads();
+    Real* const tile = shared.weights;
+    constexpr int kPitch = Shared<Real, kTile>::kWeightPitch;
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i)
+#pragma unroll
+      for (int j = 0; j < kPerThread; ++j)
+        tile[(thread_y() * kPerThread + i) * kPitch + thread_x() + kSide * j] = sum[i][j];
+    __syncthreads();
+
+    const bool one_row = mask.stride[2] == 0, one_key = mask.stride[3] == 0;
+    const int tile_rows = one_row ? 1 : static_cast<int>(rows.end - rows.begin);
+    const int tile_keys = one_key ? 1 : static_cast<int>(keys.end - keys.begin);
+    Real* const to = static_cast<Real*>(mask.data) + batches.begin * mask.stride[0] + heads.begin * mask.stride[1] +
+                     rows.begin * mask.stride[2] + keys.begin * mask.stride[3];
+    for (int i = threadIdx.x; i < tile_rows * tile_keys; i += kThreads) {
+      const int r = i / tile_keys, k = i % tile_keys;
+      Real total = 0;
+      for (int r2 = r; r2 < (one_row ? kTile : r + 1); ++r2) {
+        Real of_row = 0;  // apart, so that a long sum loses fewer digits
+        for (int k2 = k; k2 < (one_key ? kTile : k + 1); ++k2) of_row += tile[r2 * kPitch + k2];
+        total += of_row;
+      }
+      to[r * mask.stride[2] + k * mask.stride[3]] = total;
+    }
+  }
+};
+
+inline int64_t mask_gradient_blocks(const AttentionProblem& p, const TensorView& mask) {
+  const auto parts = [&](int dimension, int64_t size, int64_t tile) {
+    return mask.stride[dimension] == 0 ? 1 : (size + tile - 1) / tile;
+  };
+  return parts(0, p.batch, 1) * parts(1, p.heads, 1) * parts(2, p.query_length, kTile) * parts(3, p.key_length, kTile);
+}
+
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     mask_gradient_kernel(const __grid_constant__ AttentionProblem p, const __grid_constant__ BackwardTensors t,
@@ -29,27 +81,21 @@ __global__ void __launch_bounds__(kThreads)
   TA_DYNAMIC_SHARED(memory);
   auto& shared = *reinterpret_cast<Shared<Real, kTile>*>(memory);
 
-  const TensorView& mask = t.grad_attn_mask;
-  int64_t block = blockIdx.x;
-  const Extent keys = Extent::take(block, p.key_length, kTile, mask.stride[3]);
-  const Extent rows = Extent::take(block, p.query_length, kTile, mask.stride[2]);
-  const Extent heads = Extent::take(block, p.heads, 1, mask.stride[1]);
-  const Extent batches = Extent::take(block, p.batch, 1, mask.stride[0]);
-
+  const MaskBlock block(p, t.grad_attn_mask);
   Real sum[kPerThread][kPerThread] = {};
-  for (int64_t batch = batches.begin; batch < batches.end; ++batch) {
-    for (int64_t head = heads.begin; head < heads.end; ++head) {
+  for (int64_t batch = block.batches.begin; batch < block.batches.end; ++batch) {
+    for (int64_t head = block.heads.begin; head < block.heads.end; ++head) {
       const HeadScore<Real> score(p, batch, head);
       const int64_t kv_head = head / p.group_size();
       const Rows<T> query(p.query, batch, head, p.query_length, p.head_dim);
       const Rows<T> key(p.key, batch, kv_head, p.key_length, p.head_dim);
       const Rows<T> value(p.value, batch, kv_head, p.key_length, p.value_dim);
       const Rows<T> grad_out(t.grad_out, batch, head, p.query_length, p.value_dim);
-      for (int64_t row = rows.begin; row < rows.end; row += kTile) {
+      for (int64_t row = block.rows.begin; row < block.rows.end; row += kTile) {
         const int64_t row_end = row + kTile < p.query_length ? row + kTile : p.query_length;
         const BackwardRows<Real> tile_rows(p, t, statistics, score.batch_head, row);
         const KeyRange attended = score.band.keys_of_any(row, row_end);
-        for (int64_t first = keys.begin; first < keys.end; first += kTile) {
+        for (int64_t first = block.keys.begin; first < block.keys.end; first += kTile) {
           if (first >= attended.end || first + kTile <= attended.begin) continue;
           Real dot[kPerThread][kPerThread] = {}, grad_weight[kPerThread][kPerThread] = {};
           multiply_transposed(dot, shared, query, row, key, first);
@@ -69,44 +115,13 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
   }
-
-  __syncthreads();
-  Real* const tile = shared.weights;
-  constexpr int kPitch = Shared<Real, kTile>::kWeightPitch;
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i)
-#pragma unroll
-    for (int j = 0; j < kPerThread; ++j)
-      tile[(thread_y() * kPerThread + i) * kPitch + thread_x() + kSide * j] = sum[i][j];
-  __syncthreads();
-
-  // Where the mask was broadcast over rows (keys), the tile's rows (keys) all belong to one element of it.
-  const bool one_row = mask.stride[2] == 0, one_key = mask.stride[3] == 0;
-  const int tile_rows = one_row ? 1 : static_cast<int>(rows.end - rows.begin);
-  const int tile_keys = one_key ? 1 : static_cast<int>(keys.end - keys.begin);
-  Real* const to = static_cast<Real*>(mask.data) + batches.begin * mask.stride[0] + heads.begin * mask.stride[1] +
-                   rows.begin * mask.stride[2] + keys.begin * mask.stride[3];
-  for (int i = threadIdx.x; i < tile_rows * tile_keys; i += kThreads) {
-    const int r = i / tile_keys, k = i % tile_keys;
-    Real total = 0;
-    for (int r2 = r; r2 < (one_row ? kTile : r + 1); ++r2) {
-      Real of_row = 0;  // apart, so that a long sum loses fewer digits
-      for (int k2 = k; k2 < (one_key ? kTile : k + 1); ++k2) of_row += tile[r2 * kPitch + k2];
-      total += of_row;
-    }
-    to[r * mask.stride[2] + k * mask.stride[3]] = total;
-  }
+  block.store(t.grad_attn_mask, shared, sum);
 }
 
 template <class T>
 void mask_gradient(const AttentionProblem& p, const BackwardTensors& t, void* workspace, const Stream& stream) {
-  const auto parts = [&](int dimension, int64_t size, int64_t tile) {
-    return t.grad_attn_mask.stride[dimension] == 0 ? 1 : (size + tile - 1) / tile;
-  };
-  const int64_t blocks =
-      parts(0, p.batch, 1) * parts(1, p.heads, 1) * parts(2, p.query_length, kTile) * parts(3, p.key_length, kTile);
-  launch(mask_gradient_kernel<T>, blocks, kThreads, sizeof(Shared<Accumulator<T>, kTile>), stream, p, t,
-         RowStatistics<Accumulator<T>>(p, workspace));
+  launch(mask_gradient_kernel<T>, mask_gradient_blocks(p, t.grad_attn_mask), kThreads,
+         sizeof(Shared<Accumulator<T>, kTile>), stream, p, t, RowStatistics<Accumulator<T>>(p, workspace));
 }
 
 }  // namespace torch_attn::cuda::simt

@@ -21,11 +21,13 @@ __global__ void __launch_bounds__(kThreads)
   TA_DYNAMIC_SHARED(memory);
   auto& shared = *reinterpret_cast<BackwardShared<T, kDim>*>(memory);
 
-  // Of 32 bits: registers are short here.
-  const int tiles = static_cast<int>(ceil_div(p.key_length, Shape::kRows)), kv_heads = static_cast<int>(p.kv_heads);
-  const int column = static_cast<int>(blockIdx.x) % (kDim / kColumns) * kColumns;
-  const int index = static_cast<int>(blockIdx.x) / (kDim / kColumns), first = index % tiles * Shape::kRows;
-  const int kv_head = index / tiles % kv_heads, batch = index / tiles / kv_heads;
+  const int64_t tiles = ceil_div(p.key_length, Shape::kRows);
+  int64_t index = blockIdx.x;
+  const int column = static_cast<int>(index % (kDim / kColumns)) * kColumns;
+  index /= kDim / kColumns;
+  const int64_t first = index % tiles * Shape::kRows;
+  index /= tiles;
+  const int64_t kv_head = index % p.kv_heads, batch = index / p.kv_heads;
   const int warp_row = 16 * warp_index();
 
   const Rows<T> key(p.key, batch, kv_head, p.key_length, p.head_dim);

@@ -1,29 +1,18 @@
 // The CUDA kernels as operators. What PyTorch's user may have asked of matrix products, TF32 and determinism, is asked
-// of these, too. Needs no CUDA header and no CUDA build of PyTorch: the stream and the device come from c10's virtual
-// guard. Empty in a build without nvcc.
+// of these, too. Needs no CUDA header and no CUDA build of PyTorch; see stream.h. Empty in a build without nvcc.
 #if defined(TORCH_ATTN_WITH_CUDA)
 
 #include <ATen/Context.h>
 #include <c10/core/DeviceGuard.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include "cuda/kernels.h"
 #include "ops/cuda/precision.h"
+#include "ops/cuda/stream.h"
 #include "ops/kernel_call.h"
 #include "ops/operators.h"
 
 namespace torch_attn::ops {
 namespace {
-
-// PyTorch's current stream on the tensor's device: what a captured CUDA graph records, too.
-cuda::Stream current_stream(const Tensor& tensor) {
-  const c10::Device device = tensor.device();
-  return {device.index(), c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle()};
-}
-
-Tensor workspace_of(size_t bytes, const Tensor& like) {
-  return at::empty({static_cast<int64_t>(bytes)}, like.options().dtype(at::kByte));
-}
 
 ForwardResult attention_forward_cuda(const ForwardArguments& a) {
   const c10::DeviceGuard guard(a.query.device());

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "clocks.h"
 #include "scheduler.h"
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -34,9 +35,17 @@ struct Time {
 struct Granule {
   Time written, read;
   uint16_t writer = 0;
-  uint16_t reader = 0;   // a thread; or several of a warp (kManyInWarp | warp); or kManyReaders
-  bool copying = false;  // an asynchronous copy is on its way here
-  bool atomic = false;   // the last write was atomic
+  uint32_t write_clock = 0;  // of the writer, see clocks.h
+  uint16_t reader = 0;       // a thread; or several of a warp (kManyInWarp | warp); or kManyReaders
+  bool copying = false;      // an asynchronous copy is on its way here
+  bool atomic = false;       // the last write was atomic
+};
+
+// One reader of a granule of shared memory, where clocks are on.
+struct Read {
+  int thread;
+  uint32_t clock;
+  Time time;
 };
 
 struct Region {
@@ -67,6 +76,7 @@ struct Shared : Region {
     granule = kSharedGranule;
     granules = std::make_unique<Granule[]>(kMaxSharedBytes / kSharedGranule);
   }
+  std::vector<std::vector<Read>> reads = std::vector<std::vector<Read>>(kMaxSharedBytes / kSharedGranule);
 } shared;
 
 uint32_t launch_start = 1, block_start = 1, now = 1;
@@ -90,8 +100,12 @@ bool ordered(const Time& time, uint16_t who) {
   const int warp = who & kManyInWarp ? who & ~kManyInWarp : who / kWarpSize;
   return warp == current->warp && time.warp < warp_now[warp];
 }
+bool ordered(const Time& time, int thread, uint32_t clock) {
+  return ordered(time, static_cast<uint16_t>(thread)) || knows(current->index, thread, clock);
+}
 
 std::string name_of(uint16_t who) {
+  if (clocks_are_on() && who == copy_engine()) return "a bulk copy";
   if (who == kManyReaders) return "several warps";
   if (who & kManyInWarp) return "several lanes of warp " + std::to_string(who & ~kManyInWarp);
   return "warp " + std::to_string(who / kWarpSize) + " lane " + std::to_string(who % kWarpSize);
@@ -121,20 +135,33 @@ void check_granules(Region& region, const void* address, size_t bytes, Access ac
     if (&region == &shared && g.written.block < block_start) {  // what an earlier block did to shared memory is void
       if (!write) fail(std::string(what) + " reads " + place(region, address) + ", which nobody has written");
       g = Granule{};
+      shared.reads[i].clear();
     }
     if (g.copying)
       fail(std::string(what) + (write ? " writes " : " reads ") + place(region, address) +
            ", into which cp.async still copies (issued by " + name_of(g.writer) + ")");
-    if (!both_atomic && !ordered(g.written, g.writer))
+    if (!both_atomic && !ordered(g.written, g.writer, g.write_clock))
       fail("race: " + std::string(what) + (write ? " writes " : " reads ") + place(region, address) + ", written by " +
            (g.written.block < block_start ? "another block" : name_of(g.writer)) + " with no barrier in between");
     if (write && !both_atomic && !ordered(g.read, g.reader))
       fail("race: " + std::string(what) + " writes " + place(region, address) + ", read by " +
            (g.read.block < block_start ? "another block" : name_of(g.reader)) + " with no barrier in between");
+    const bool exact = &region == &shared && clocks_are_on();
+    const uint32_t clock = clock_of(current->index);
+    if (exact && write && !both_atomic) {
+      for (const Read& read : shared.reads[i])
+        if (!ordered(read.time, read.thread, read.clock))
+          fail("race: " + std::string(what) + " writes " + place(region, address) + ", read by " +
+               name_of(static_cast<uint16_t>(read.thread)) + " with no barrier in between");
+      shared.reads[i].clear();
+    }
     if (write) {
       g.written = {now, warp_now[current->warp]};
       g.writer = static_cast<uint16_t>(current->index);
+      g.write_clock = clock;
       g.atomic = access == Access::kAtomic;
+    } else if (exact) {
+      shared.reads[i].push_back({current->index, clock, {now, warp_now[current->warp]}});
     } else {
       record_read(g);
     }
@@ -198,10 +225,23 @@ void check_read(const void* address, size_t bytes, const char* what) { check(add
 void check_write(const void* address, size_t bytes, const char* what) { check(address, bytes, Access::kWrite, what); }
 void check_atomic(const void* address, size_t bytes) { check(address, bytes, Access::kAtomic, "an atomic"); }
 
-void begin_copy_to_shared(void* destination, size_t bytes) {
-  check_write(destination, bytes, "cp.async");
+static void begin_copy(void* destination, size_t bytes, const char* what) {
+  check_write(destination, bytes, what);
   const size_t first = static_cast<size_t>(static_cast<unsigned char*>(destination) - shared.begin) / kSharedGranule;
   for (size_t i = first; i < first + bytes / kSharedGranule; ++i) shared.granules[i].copying = true;
+}
+void begin_copy_to_shared(void* destination, size_t bytes) { begin_copy(destination, bytes, "cp.async"); }
+void begin_bulk_copy(void* destination, size_t bytes) { begin_copy(destination, bytes, "cp.async.bulk"); }
+
+void end_bulk_copy(void* destination, size_t bytes) {
+  const size_t first = static_cast<size_t>(static_cast<unsigned char*>(destination) - shared.begin) / kSharedGranule;
+  for (size_t i = first; i < first + bytes / kSharedGranule; ++i) {
+    Granule& g = shared.granules[i];
+    g.copying = false;
+    g.written = {now, 0};
+    g.writer = static_cast<uint16_t>(copy_engine());
+    g.write_clock = clock_of(copy_engine());
+  }
 }
 
 void end_copy_to_shared(void* destination, size_t bytes) {
@@ -210,6 +250,11 @@ void end_copy_to_shared(void* destination, size_t bytes) {
     shared.granules[i].copying = false;
     shared.granules[i].written = {now, warp_now[current->warp]};
   }
+}
+
+Moment this_moment() { return {current->index, clock_of(current->index), now, warp_now[current->warp]}; }
+bool comes_before_now(const Moment& moment) {
+  return ordered({moment.block_time, moment.warp_time}, moment.thread, moment.clock);
 }
 
 void start_launch() { launch_start = block_start = ++now; }
@@ -226,6 +271,9 @@ void start_block(size_t shared_bytes) {
 }
 
 void order_block() { ++now; }
-void order_warp(int warp) { ++warp_now[warp]; }
+void order_warp(int warp) {
+  ++warp_now[warp];
+  order_warp_clocks(warp);
+}
 
 }  // namespace emulation

@@ -5,7 +5,8 @@
 //   order     shared memory was written before it is read, and no copy into it is still under way.
 //
 // A race is found whatever order the threads ran in. Two accesses are ordered when a __syncthreads lies between them,
-// or, inside one warp, a __syncwarp; blocks of one launch are never ordered. Shuffles order nothing, as on hardware.
+// or, inside one warp, a __syncwarp, or where mbarriers order them (clocks.h); blocks of one launch are never ordered.
+// Shuffles order nothing, as on hardware.
 #pragma once
 
 #include <cstddef>
@@ -30,6 +31,17 @@ void check_atomic(const void* address, size_t bytes);
 // An asynchronous copy by the running thread: between the two calls, nobody may touch the destination.
 void begin_copy_to_shared(void* destination, size_t bytes);
 void end_copy_to_shared(void* destination, size_t bytes);
+// The same of a bulk copy, which the copy engine makes: whoever acquires from its mbarrier may read it.
+void begin_bulk_copy(void* destination, size_t bytes);
+void end_bulk_copy(void* destination, size_t bytes);
+
+// A moment in a thread's life, and whether it comes before what the running thread does now.
+struct Moment {
+  int thread = 0;
+  uint32_t clock = 0, block_time = 0, warp_time = 0;
+};
+Moment this_moment();
+bool comes_before_now(const Moment& moment);
 
 // Called by the scheduler.
 void start_launch();

@@ -5,9 +5,11 @@
 #include <memory>
 #include <vector>
 
+#include "clocks.h"
 #include "collectives.h"
 #include "copies.h"
 #include "fiber.h"
+#include "mbarrier.h"
 #include "memory.h"
 
 namespace emulation {
@@ -112,6 +114,8 @@ void run_block(uint3 index, dim3 size, dim3 grid) {
   switch_to(nullptr, first);
   current = nullptr;
   if (!block.error.empty()) throw KernelError(block.error);
+  if (bulk_copies_are_under_way())
+    throw KernelError(block_name(index) + " ends while a bulk copy into its shared memory is under way");
 }
 
 }  // namespace
@@ -132,6 +136,8 @@ void launch(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void(
         start_block(shared_bytes);
         reset_collectives(count);
         reset_copies(count);
+        reset_clocks(count);
+        reset_mbarriers();
         run_block({x, y, z}, size, grid);
       }
 }

@@ -1,0 +1,3 @@
+#include "selection.cuh"
+
+TA_INSTANTIATE_SELECTION(double)
