@@ -13,6 +13,7 @@ from torch_attn import leave_one_out_baseline, reinforce_loss
 
 BATCH_SIZE = 64
 LEARNING_RATE = 3e-3
+ENTROPY_WEIGHT = 0.01  # a nat is worth this much log-likelihood; without it seed 0 ends at 88 %, with it at 93 %
 
 
 @dataclass
@@ -41,7 +42,13 @@ def loss_of(model: GlimpseModel, canvases: Canvases) -> tuple[Tensor, Tensor]:
     loss = errors.mean()  # trains the reader; by straight-through, the choice as well
     if model.estimator == "reinforce":
         reward = -errors.detach()  # the log-likelihood of the right answer, as in Xu et al. 2015
-        loss = loss + reinforce_loss(choice.log_prob, reward, baseline=leave_one_out_baseline(reward))
+        loss = loss + reinforce_loss(
+            choice.log_prob,
+            reward,
+            baseline=leave_one_out_baseline(reward),
+            entropy=choice.entropy,
+            entropy_weight=ENTROPY_WEIGHT,
+        )
     return loss, (logits.argmax(-1) == labels).float().mean()
 
 
