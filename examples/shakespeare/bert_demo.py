@@ -19,14 +19,15 @@ from plays import HELD_OUT, Plays
 sys.path.insert(0, str(Path(__file__).parents[1] / "common"))
 from gallery import options, save_scripted  # noqa: E402
 
-GAIN = 0.02  # of accuracy over the baseline that the demo asks of itself
+ENOUGH = 0.25  # of the masked tokens guessed, that the demo asks of itself
+GAIN = 0.02  # and so much more than the baseline guesses
 
 
 def main() -> None:
-    chosen = options(__doc__, __file__, steps=STEPS, plays=36)
+    chosen = options(__doc__, __file__, steps=STEPS, plays=36, speeches=3000)
     torch.set_num_threads(1)  # the tensors are too small to share
     start = time.process_time()
-    plays = Plays.load(only=chosen.plays)
+    plays = Plays.load(chosen.plays, chosen.speeches)
     model = trained(plays, True, chosen.seed, chosen.steps, "attention   ")
     fixed = trained(plays, False, chosen.seed, chosen.steps, "fixed mixing")
     results = {
@@ -59,9 +60,12 @@ def main() -> None:
     print(f"where it looks: {chosen.out / 'bert_light.png'}")
     print(f"minutes of one core, all in all: {(time.process_time() - start) / 60:.1f}")
 
-    gain = results["attention"].first - results["fixed mixing"].first
-    if gain < GAIN:
-        raise SystemExit(f"attention guesses {gain:.1%} more of the masked tokens, and the demo asks for {GAIN:.0%}")
+    first, baseline = results["attention"].first, results["fixed mixing"].first
+    if first < max(ENOUGH, baseline + GAIN):
+        raise SystemExit(
+            f"{first:.1%} of the masked tokens are guessed, {baseline:.1%} without attention, and the demo asks for "
+            f"{ENOUGH:.0%} and {GAIN:.0%} more than without"
+        )
 
 
 if __name__ == "__main__":

@@ -25,10 +25,10 @@ GAIN = 0.02  # bits per character of attention over the baseline that the demo a
 
 
 def main() -> None:
-    chosen = options(__doc__, __file__, steps=STEPS, tokens=150, plays=36)
+    chosen = options(__doc__, __file__, steps=STEPS, tokens=150, plays=36, speeches=3000)
     torch.set_num_threads(1)  # the tensors are too small to share
     start = time.process_time()
-    plays = Plays.load(only=chosen.plays)
+    plays = Plays.load(chosen.plays, chosen.speeches)
     names = {True: "attention", False: "fixed mixing"}
     models = {name: trained(plays, looks, chosen.seed, chosen.steps, f"{name:12}") for looks, name in names.items()}
     bits = {name: bits_per_character(model, plays) for name, model in models.items()}
