@@ -23,7 +23,7 @@ from gallery import fit  # noqa: E402
 SHORTEST = 8  # tokens of a passage
 MASKED = 0.15  # share of the tokens
 BATCH_SIZE = 40
-STEPS = 900
+STEPS = 600
 LEARNING_RATE = 8e-3
 
 
