@@ -62,9 +62,8 @@ def main() -> None:
     with torch.no_grad():
         difference = (loaded(test.spectrograms) - model(test.spectrograms)).abs().max().item()
     print(f"saved with TorchScript and loaded again: logits differ by at most {difference:.0e}")
-    picture = chosen.out / "words.png"
     rows = [next(i for i, label in enumerate(test.labels.tolist()) if WORDS[label] == word) for word in DRAWN]
-    word_figure.draw(model, choose(test, torch.tensor(rows)), picture)
+    picture = word_figure.draw(model, choose(test, torch.tensor(rows)), chosen.out)
     print(f"the moments that it listens to: {picture}")
     print(f"minutes of one core: {(time.process_time() - start) / 60:.1f}")
     if difference > 1e-4:

@@ -5,18 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import torch
+from matplotlib.axes import Axes
 from torch import Tensor
 
 import torch_attn
-from dates import Sentence, decode, sources, targets
+from dates import LANGUAGES, Sentence, decode, sources, targets
+from panels import draw_panels
 from translator import Translator
-
-matplotlib.use("Agg")  # draws into a file, so no screen is needed
-from matplotlib import pyplot  # noqa: E402
-
-BACKGROUND = {"light": "#ffffff", "dark": "#10131a"}
 
 
 class MonthHead(NamedTuple):
@@ -49,26 +45,23 @@ def find_month_head(model: Translator, sentences: list[Sentence]) -> MonthHead:
     return MonthHead(layer, head, mean[layer, head].item(), sum(chances) / len(chances))
 
 
-def draw(model: Translator, sentences: list[Sentence], chosen: MonthHead, file: Path, style: str = "light") -> None:
+def draw(model: Translator, sentences: list[Sentence], chosen: MonthHead, folder: Path) -> Path:
     """One map a sentence, from left to right: its characters run along the top, those of its translation down."""
     weights = maps(model, sentences)[chosen.layer, :, chosen.head]
     translations = decode(model.translate(sources(sentences)))
-    figure, axes = pyplot.subplots(
-        1, len(sentences), figsize=(6.6 * len(sentences), 6.2), layout="constrained", facecolor=BACKGROUND[style],
-        squeeze=False,
-    )  # fmt: skip
-    for axis, sentence, translation, one in zip(axes[0], sentences, translations, weights, strict=True):
-        text = sentence.source
-        torch_attn.plot.alignment(
-            one[: len(translation), : len(text)],
-            list(text),
-            list(translation),
-            title=f"{text} → {translation}",
-            source_label="",
-            target_label="",
-            style=style,
-            ax=axis,
-        )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=100)
-    pyplot.close(figure)
+
+    def draw_each(axes: list[Axes], style: str) -> None:
+        for axis, sentence, translation, one in zip(axes, sentences, translations, weights, strict=True):
+            text = sentence.source
+            torch_attn.plot.alignment(
+                one[: len(translation), : len(text)],
+                list(text),
+                list(translation),
+                title=f"{LANGUAGES[sentence.language]} to English",
+                source_label=text,
+                target_label=translation,
+                style=style,
+                ax=axis,
+            )
+
+    return draw_panels(draw_each, len(sentences), (6.6 * len(sentences), 6.4), folder, "translation")

@@ -77,7 +77,7 @@ class Sentence:
 
 
 class Calendar:
-    """The days of two centuries, split by year and by day of the year; days with only one of them held out are unused."""
+    """The days of two centuries, split by year and by day of the year; days with one of the two held out are unused."""
 
     def __init__(self) -> None:
         draw = random.Random(0)

@@ -61,9 +61,7 @@ def main() -> None:
         same = torch.equal(loaded.translate(source), model.translate(source))
     print(f"saved with TorchScript and loaded again: logits differ by at most {difference:.0e}, ", end="")
     print(f"{'and no translation does' if same else 'and so do translations'}")
-    picture = chosen.out / "alignment.png"
-    alignment_figure.draw(model, examples, head, picture)
-    print(f"where months meet months: {picture}")
+    print(f"where months meet months: {alignment_figure.draw(model, examples, head, chosen.out)}")
     print(f"minutes of one core: {(time.process_time() - start) / 60:.1f}")
     if difference > 1e-4 or not same:
         raise SystemExit("the loaded model says something else")

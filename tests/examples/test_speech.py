@@ -15,7 +15,7 @@ import words
 from clips import BANDS, COLUMNS, LOUDEST, QUIETEST, SAMPLES, SECONDS, Clips, log_mel, make_clips, mel_filters, noise
 from gallery import save_scripted
 from listener import Listener, right, train
-from tests.examples.conftest import EXAMPLES
+from tests.examples.conftest import EXAMPLES, assert_pictures
 from word_figure import draw, frame_attention, inside
 from words import RATE, TEST, TRAIN, WORDS, Spoken, say, speak, spoken_once
 
@@ -104,14 +104,13 @@ def test_attention_inside_the_span_is_counted() -> None:
     assert inside(weights, spans).tolist() == [0.75, 0.0]
 
 
-@pytest.mark.parametrize("style", ["light", "dark"])
-def test_figure_is_written(style: str, tmp_path: Path) -> None:
+def test_figure_is_written(tmp_path: Path) -> None:
     model = Listener(dim=32).eval()
     clips = chirp_clips()
     weights = frame_attention(model, clips)
     torch.testing.assert_close(weights.sum(1), torch.ones(len(WORDS)))
-    draw(model, Clips(*(each[:2] for each in vars(clips).values())), tmp_path / "words.png", style)
-    assert (tmp_path / "words.png").read_bytes().startswith(b"\x89PNG")
+    draw(model, Clips(*(each[:2] for each in vars(clips).values())), tmp_path)
+    assert_pictures(tmp_path, "speech")
 
 
 def test_without_espeak_the_demo_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,4 +150,4 @@ def test_demo_prints_its_table_and_draws_its_figure(
         runpy.run_path(str(EXAMPLES / "speech" / "demo.py"), run_name="__main__")
     said = capsys.readouterr().out
     assert "40 clips of 2 s" in said and "of the attention lies in the word's own span" in said
-    assert (tmp_path / "words.png").read_bytes().startswith(b"\x89PNG")
+    assert_pictures(tmp_path, "speech")

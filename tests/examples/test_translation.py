@@ -21,7 +21,7 @@ from dates import (
     targets,
 )
 from gallery import save_scripted
-from tests.examples.conftest import EXAMPLES
+from tests.examples.conftest import EXAMPLES, assert_pictures
 from translator import Translator, exact, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -146,7 +146,7 @@ def test_demo_prints_its_table_and_draws_its_figure(
     said = capsys.readouterr().out
     assert all(f"\n  {language} " in said for language in LANGUAGES.values())
     assert "and no translation does" in said
-    assert (tmp_path / "alignment.png").read_bytes().startswith(b"\x89PNG")
+    assert_pictures(tmp_path, "translation")
 
 
 def test_exactness_is_of_whole_texts(calendar: Calendar, monkeypatch: pytest.MonkeyPatch) -> None:
