@@ -53,7 +53,8 @@ def test_mel_bands_cover_all_frequencies_evenly() -> None:
 def test_a_tone_is_loudest_in_its_band() -> None:
     seconds = torch.arange(SAMPLES) / RATE
     tones = torch.stack([torch.sin(2 * math.pi * hertz * seconds) for hertz in (500.0, 2000.0, 6000.0)])
-    loudest = log_mel(tones)[:, :, COLUMNS // 2].argmax(1)
+    tones[:, : SAMPLES // 2] = 0  # what does not change is taken out
+    loudest = log_mel(tones + 0.01 * torch.randn_like(tones))[:, :, 3 * COLUMNS // 4].argmax(1)
     mel = 2595 * torch.log10(1 + torch.tensor([500.0, 2000.0, 6000.0]) / 700)
     expected = mel / (2595 * math.log10(1 + RATE / 2 / 700)) * (BANDS + 1) - 1
     assert (loudest - expected).abs().max() <= 1
@@ -80,6 +81,13 @@ def test_same_generator_makes_the_same_clips() -> None:
     one, again, other = (chirp_clips(seed) for seed in (0, 0, 1))
     assert all(torch.equal(x, y) for x, y in zip(vars(one).values(), vars(again).values(), strict=True))
     assert not torch.equal(one.spans, other.spans)
+
+
+def test_a_word_in_training_is_stretched_as_far_as_asked() -> None:
+    spoken, rows = chirps(), torch.zeros(50, dtype=torch.long)
+    spans = make_clips(spoken, rows, torch.Generator().manual_seed(0), stretch=0.15).spans
+    lengths = (spans[:, 1] - spans[:, 0]) * RATE / len(spoken.waves[0])
+    assert 0.84 < lengths.min() < 0.9 and 1.1 < lengths.max() < 1.16
 
 
 @pytest.mark.parametrize("attends", [True, False], ids=["attention", "mean"])
