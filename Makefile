@@ -14,7 +14,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # OpenMP's threads give their core away while they wait. The default, to spin, costs tenfold where a neighbour wants it.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: build test sanitize lint format demo glimpses clean FORCE
+.PHONY: build test sanitize lint format docs demo glimpses clean FORCE
 
 build: $(VENV)/.installed
 
@@ -35,6 +35,10 @@ format: $(VENV)/.requirements
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_SOURCES)
+
+# The site, into build/docs/index.html.
+docs: build
+	$(BIN)/python -m sphinx -b html -W --keep-going -q docs build/docs
 
 demo: build
 	$(BIN)/python examples/digits_vit/demo.py

@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/maps.md into docs/images: trains small models (two minutes), records their maps.
+"""Draws the pictures of docs/maps.md and docs/semantics.md into docs/images; trains small models for it (two minutes).
 
     .venv/bin/python docs/make_figures.py [name ...]
 
@@ -18,6 +18,7 @@ REPOSITORY = Path(__file__).parents[1]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "docs"), str(REPOSITORY / "examples" / "digits_vit")]
 
 import figure_models as models  # noqa: E402
+import semantics_figures  # noqa: E402
 
 import model as digits_vit  # noqa: E402
 import training  # noqa: E402
@@ -131,9 +132,23 @@ def table() -> None:
     save("feature_bars", lambda style: plot.feature_bars(heads, tumours.names, top=12, title=title, style=style))
 
 
+def masks() -> None:
+    """masks."""
+    save("masks", semantics_figures.masks)
+
+
+def numerics() -> None:
+    """numerics."""
+    errors = semantics_figures.errors_by_length()
+    save("numerics", lambda style: semantics_figures.numerics(style, errors))
+
+
 def main() -> None:
     IMAGES.mkdir(exist_ok=True)
-    drawings = {"text": text, "digits": digits, "dates": dates, "tones": tones, "table": table}
+    drawings = {
+        **{"text": text, "digits": digits, "dates": dates, "tones": tones, "table": table},
+        **{"masks": masks, "numerics": numerics},
+    }
     for name in sys.argv[1:] or drawings:
         torch.manual_seed(0)
         random.seed(0)

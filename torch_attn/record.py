@@ -123,6 +123,8 @@ def record_attention(
 ) -> Iterator[AttentionRecord]:
     """Collect what the attention layers of ``model`` attend while it runs in the ``with`` block.
 
+    ::
+
         with torch_attn.record_attention(model, heads="mean") as record:
             model(x)
         record.maps["encoder.layers.0.self_attn"][0]  # (B, L, S)
