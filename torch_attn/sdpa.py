@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ContextDecorator
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -57,8 +57,8 @@ class patch_sdpa(TorchFunctionMode, ContextDecorator):
 
     Not reached are: compiled TorchScript, whose calls are C++; other threads, except those in which a ``backward()``
     called in the block runs; and :class:`torch.nn.MultiheadAttention` where it does not make the call: with
-    ``need_weights=True``, on its inference path, and compiled (:func:`torch_attn.replace_mha` serves all of these).
-    With activation checkpointing, call ``backward()`` in the block too. Blocks may be nested (the innermost one
+    ``need_weights=True``, on its inference path, compiled or exported (:func:`torch_attn.replace_mha` serves all of
+    these). With activation checkpointing, call ``backward()`` in the block too. Blocks may be nested (the innermost one
     counts), entered again, and used in several threads; leaving one, also by an exception, takes back exactly what
     entering it did. ``torch.nn.attention.sdpa_kernel`` chooses among PyTorch's kernels, and says nothing to these.
 
@@ -115,30 +115,22 @@ def _nothing_overrides(*_: object) -> bool:
     return False
 
 
-class _Call:
-    """One call's arguments, by PyTorch's names."""
+class _Call(NamedTuple):
+    """One call's arguments, by PyTorch's names and in its order."""
 
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        *,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> None:
-        self.tensors = (query, key, value)
-        self.mask = attn_mask
-        self.is_causal = is_causal
-        self.options = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": enable_gqa}
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
 
     def why_not(self) -> str:
         """Empty: served. Otherwise why not."""
-        query, key, value = self.tensors
-        for x in self.tensors if self.mask is None or isinstance(self.mask, CausalBias) else (*self.tensors, self.mask):
+        query, key, value, mask = self[:4]
+        for x in (query, key, value) if mask is None or isinstance(mask, CausalBias) else (query, key, value, mask):
             if x.is_nested:
                 return "nested tensors"
             if is_traceable_wrapper_subclass(x):
@@ -149,19 +141,19 @@ class _Call:
             return f"no CUDA kernels: {_NO_CUDA}"
         if query.dtype not in _DTYPES:
             return f"dtype {query.dtype}"
-        if self.options["enable_gqa"] and key.shape[-3:-2] != value.shape[-3:-2]:
+        if self.enable_gqa and key.shape[-3:-2] != value.shape[-3:-2]:
             return "key and value with different numbers of heads"
-        if self.mask is not None and self.is_causal:
+        if mask is not None and self.is_causal:
             return "attn_mask together with is_causal=True"
-        if isinstance(self.mask, CausalBias) and (self.mask.seq_len_q, self.mask.seq_len_kv) != (
-            query.shape[-2],
-            key.shape[-2],
-        ):
+        if isinstance(mask, CausalBias) and (mask.seq_len_q, mask.seq_len_kv) != (query.shape[-2], key.shape[-2]):
             return "a CausalBias of another size"
         return ""
 
     def run(self) -> Tensor:
-        if isinstance(self.mask, CausalBias):
-            alignment = "top_left" if self.mask.variant == CausalVariant.UPPER_LEFT else "bottom_right"
-            return attention(*self.tensors, is_causal=True, causal_alignment=alignment, **self.options)
-        return attention(*self.tensors, attn_mask=self.mask, is_causal=self.is_causal, **self.options)
+        options = {"dropout_p": self.dropout_p, "scale": self.scale, "enable_gqa": self.enable_gqa}
+        if isinstance(self.attn_mask, CausalBias):
+            upper_left = self.attn_mask.variant == CausalVariant.UPPER_LEFT
+            options |= {"is_causal": True, "causal_alignment": "top_left" if upper_left else "bottom_right"}
+        else:
+            options |= {"is_causal": self.is_causal, "attn_mask": self.attn_mask}
+        return attention(self.query, self.key, self.value, **options)
