@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
+import runpy
+import sys
 from collections.abc import Iterable
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_attn
+import torch_attn.integrations.transformers
 from torch_attn.integrations.transformers import attention_forward, register
 
 from .models import BATCH, LENGTH, MODELS, VOCABULARY, Model, padding
@@ -323,3 +326,16 @@ def test_what_is_not_served_is_refused(argument: str) -> None:
 def test_registering_twice_changes_nothing() -> None:
     register()
     assert transformers.AttentionInterface()["torch_attn"] is attention_forward
+
+
+def test_a_transformers_that_does_not_import_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a torchvision that was built for another torch: transformers' own error does not name it."""
+
+    def fail(name: str) -> None:
+        raise ModuleNotFoundError(f"Could not import module '{name}'") from RuntimeError("torchvision::nms is missing")
+
+    broken = ModuleType("transformers")
+    broken.__getattr__ = fail
+    monkeypatch.setitem(sys.modules, "transformers", broken)
+    with pytest.raises(ImportError, match="needs transformers 5.23 .* failed: torchvision::nms is missing"):
+        runpy.run_path(torch_attn.integrations.transformers.__file__)
