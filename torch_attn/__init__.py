@@ -19,6 +19,7 @@ from .reinforce import (  # noqa: E402
 )
 from .replace import replace_mha, restore_mha  # noqa: E402
 from .rollout import attention_rollout  # noqa: E402
+from .sdpa import patch_sdpa  # noqa: E402
 
 __all__ = [
     "AttentionRecord",
@@ -34,6 +35,7 @@ __all__ = [
     "attention_weights",
     "hard_attention",
     "leave_one_out_baseline",
+    "patch_sdpa",
     "plot",
     "record_attention",
     "reinforce_loss",

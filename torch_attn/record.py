@@ -130,11 +130,12 @@ def record_attention(
         record.maps["encoder.layers.0.self_attn"][0]  # (B, L, S)
 
     Recorded is every attention that this library computes inside ``model``: :class:`torch_attn.MultiheadAttention`,
-    replaced :class:`torch.nn.MultiheadAttention`, transformers through ``attn_implementation="torch_attn"``, and layers
-    of your own that call :func:`torch_attn.attention` or :func:`torch_attn.scaled_dot_product_attention`. The model's
-    outputs and gradients are bit-equal to a run without it. Weights are those before dropout; leading dimensions are
-    flattened into one, B. A forward pass repeated by activation checkpointing in backward is not recorded again. Other
-    threads are not recorded. Blocks may be nested.
+    replaced :class:`torch.nn.MultiheadAttention`, transformers through ``attn_implementation="torch_attn"``, PyTorch's
+    ``scaled_dot_product_attention`` inside :class:`torch_attn.patch_sdpa`, and layers of your own that call
+    :func:`torch_attn.attention` or :func:`torch_attn.scaled_dot_product_attention`. The model's outputs and gradients
+    are bit-equal to a run without it. Weights are those before dropout; leading dimensions are flattened into one, B. A
+    forward pass repeated by activation checkpointing in backward is not recorded again. Other threads are not recorded.
+    Blocks may be nested.
 
     Args:
         model: the model, whose modules' names name the layers.
@@ -186,7 +187,8 @@ def record_attention(
     if not watch.seen:
         warnings.warn(
             "record_attention saw no attention of torch_attn inside the model: call torch_attn.replace_mha(model), or "
-            'model.set_attn_implementation("torch_attn") for transformers, and run the model in the block.',
+            'model.set_attn_implementation("torch_attn") for transformers, or enter torch_attn.patch_sdpa(), and run '
+            "the model in the block.",
             stacklevel=3,
         )
 
