@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..merge import merge_attention
 from .sharding import Layout, blocks_of, check_layout, rank_and_size
@@ -34,7 +33,7 @@ LARGE_LOGSUMEXP = 4096.0
 class Call:
     """What all rounds of a call share."""
 
-    group: ProcessGroup
+    group: ProcessGroup | None
     rank: int
     size: int
     layout: Layout
@@ -124,10 +123,16 @@ class RingAttention(torch.autograd.Function):
         return out, logsumexp
 
     @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, grad_out: Tensor | None, grad_logsumexp: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            results = RingAttention.gradients(ctx, *grads)
+        if torch.is_grad_enabled():
+            causes = [x for x in (*ctx.saved_tensors[:3], *grads) if x is not None]
+            results = tuple(None if x is None else OnceDifferentiable.apply(x, *causes) for x in results)
+        return (*results, None, None)
+
+    @staticmethod
+    def gradients(ctx: Any, grad_out: Tensor | None, grad_logsumexp: Tensor | None) -> tuple[Tensor | None, ...]:
         query, key, value, key_lengths, out, logsumexp = ctx.saved_tensors
         call: Call = ctx.call
         wanted = ctx.needs_input_grad[:3]
@@ -179,9 +184,22 @@ class RingAttention(torch.autograd.Function):
             grad_query.to(query.dtype) if wanted[0] else None,
             next(arrived).to(key.dtype) if wanted[1] else None,
             next(arrived).to(value.dtype) if wanted[2] else None,
-            None,
-            None,
         )
+
+
+class OnceDifferentiable(torch.autograd.Function):
+    """A gradient, which depends on ``causes``, but has no derivative: an error for whoever asks for it.
+
+    torch.autograd.function.once_differentiable would only see that it depends on gradients.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *causes: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError("ring_attention can be differentiated once only: it has no second derivatives.")
 
 
 def _lowered(logsumexp: Tensor) -> Tensor | None:

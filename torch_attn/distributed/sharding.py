@@ -55,17 +55,16 @@ def blocks_of(layout: Layout, rows: int, rank: int, world_size: int) -> list[Blo
     return [Block(0, half, rank * half), Block(half, half, (2 * world_size - 1 - rank) * half)]
 
 
-def rank_and_size(group: Group) -> tuple[ProcessGroup, int, int]:
-    """The process group itself, this process's rank in it, and its size."""
+def rank_and_size(group: Group) -> tuple[ProcessGroup | None, int, int]:
+    """The process group (None: the default one), this process's rank in it, and its size."""
     if not dist.is_available():
         raise RuntimeError("torch_attn.distributed: this build of PyTorch has no torch.distributed.")
-    if group is None:
-        process_group = dist.distributed_c10d._get_default_group()
-    else:
-        process_group = group if isinstance(group, dist.ProcessGroup) else group.get_group()
+    from torch.distributed.device_mesh import DeviceMesh
+
+    process_group = group.get_group() if isinstance(group, DeviceMesh) else group
     rank = dist.get_rank(process_group)
     if rank < 0:
-        raise ValueError("group must be one that this process belongs to.")
+        raise ValueError("torch_attn.distributed: group must be one that this process belongs to.")
     return process_group, rank, dist.get_world_size(process_group)
 
 
