@@ -208,7 +208,7 @@ def _lowered(logsumexp: Tensor) -> Tensor | None:
     return torch.where(large, -logsumexp, 0.0) if bool(large.any()) else None
 
 
-@torch.compiler.disable
+@torch._disable_dynamo  # torch.compiler.disable would load the compiler whenever this library is imported
 def _apply(query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
     return RingAttention.apply(query, key, value, key_lengths, call)
 
