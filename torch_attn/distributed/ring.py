@@ -59,6 +59,8 @@ class Call:
 
     def exchange(self, tensors: Sequence[Tensor]) -> Exchange:
         """Start to send tensors, unchanged until the end, to the next rank, and to get the like from the previous."""
+        if self.size == 1:
+            return Exchange([], [], list(tensors))
         received = [torch.empty_like(tensor) for tensor in tensors]
         successor, predecessor = (self.rank + 1) % self.size, (self.rank - 1) % self.size
         operations = []
@@ -87,6 +89,7 @@ class Exchange:
     def wait(self) -> list[Tensor]:
         for work in self.works:
             work.wait()
+        self.sent = []
         return self.received
 
 
@@ -141,15 +144,14 @@ class RingAttention(torch.autograd.Function):
         rng_state = torch.zeros(3, dtype=torch.int64, device=query.device)  # of no dropout
         lowered = _lowered(logsumexp)
 
-        def present(pair: tuple[Tensor, Tensor]) -> list[Tensor]:
+        def chosen(pair: tuple[Tensor, Tensor]) -> list[Tensor]:
             """Of (key's, value's), those that have a gradient."""
             return [x for x, is_wanted in zip(pair, wanted[1:], strict=True) if is_wanted]
 
         grad_query = torch.zeros_like(query, dtype=logsumexp.dtype)
         travelling: Exchange | None = None
         for step, keys, values in call.rotate(key, value):
-            # Of this round's key and value alone, while what earlier ranks added up is on its way.
-            grads = [torch.zeros_like(x, dtype=logsumexp.dtype) for x in present((keys, values))]
+            parts = []  # of this round's key and value, while what earlier ranks added up for them is on its way
             for tile in call.tiles(query, keys, step):
                 here = slice(tile.row_begin, tile.row_end)
                 there = slice(tile.key_begin, tile.key_end)
@@ -172,12 +174,15 @@ class RingAttention(torch.autograd.Function):
                 )
                 if wanted[0]:
                     grad_query[:, :, here] += of_query
-                for grad, of_tile in zip(grads, present((of_key, of_value)), strict=True):
+                parts.append((there, chosen((of_key, of_value))))
+            if travelling is None:
+                grads = [torch.zeros_like(x, dtype=logsumexp.dtype) for x in chosen((keys, values))]
+            else:
+                grads = travelling.wait()
+            for there, part in parts:
+                for grad, of_tile in zip(grads, part, strict=True):
                     grad[:, :, there] += of_tile
-            if travelling is not None:
-                for grad, of_others in zip(grads, travelling.wait(), strict=True):
-                    grad += of_others
-            travelling = call.exchange(grads) if call.size > 1 else Exchange([], [], grads)
+            travelling = call.exchange(grads)
         assert travelling is not None
         arrived = iter(travelling.wait())  # after P rounds, back where key and value came from
         return (
