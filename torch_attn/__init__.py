@@ -6,6 +6,7 @@ _load()  # registers the operators before anything below names them
 
 # _vmap registers the batching rules; plot loads matplotlib when it draws.
 from . import _vmap, distributed, plot  # noqa: E402, F401
+from .cache import KVCache  # noqa: E402
 from .functional import attention, scaled_dot_product_attention  # noqa: E402
 from .hard import HardAttention, hard_attention  # noqa: E402
 from .hard_modules import HardMultiheadAttention  # noqa: E402
@@ -27,6 +28,7 @@ __all__ = [
     "AttentionStatistics",
     "HardAttention",
     "HardMultiheadAttention",
+    "KVCache",
     "LearnedBaseline",
     "MovingAverageBaseline",
     "MultiheadAttention",
