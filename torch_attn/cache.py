@@ -76,7 +76,10 @@ class KVCache(nn.Module):
         entries = torch.arange(key.size(0), device=key.device).unsqueeze(1)
         self.key.transpose(1, 2)[entries, positions] = key.detach().transpose(1, 2).to(self.key.dtype)
         self.value.transpose(1, 2)[entries, positions] = value.detach().transpose(1, 2).to(self.value.dtype)
-        self.lengths += key.size(2) if counts is None else counts
+        if counts is None:
+            self.lengths += key.size(2)
+        else:
+            self.lengths += counts
         return self.key, self.value, self.lengths
 
     def reset(self) -> None:
