@@ -16,11 +16,14 @@ from torch import Tensor
 import torch_attn
 from torch_attn.distributed import Layout, ring_attention
 
+from ..conftest import SESSION_SEED
 from ..oracle import Call, assert_accurate, backward, max_error
 from .ring_cases import DTYPES, LAYOUTS, RUNS, WORLD_SIZES, draw, rows_of
 from .ring_model import attend_alone, train
 
 REPOSITORY = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.xdist_group("ring")  # one start of the processes serves all tests
 
 
 class Runs:
@@ -58,6 +61,7 @@ def draw_inputs(size: int) -> dict[Any, Any]:
 @pytest.fixture(scope="module")
 def all_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Runs]:
     folder = tmp_path_factory.mktemp("ring")
+    torch.manual_seed(SESSION_SEED)
     inputs = {size: draw_inputs(size) for size in WORLD_SIZES}
     for size in WORLD_SIZES:
         torch.save(inputs[size], folder / f"inputs{size}.pt")

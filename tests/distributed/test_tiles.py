@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 from torch import Tensor
@@ -21,12 +19,16 @@ def pairs_of(tile: Tile) -> Tensor:
     return band_mask(rows, keys, window_left=tile.window_left, window_right=tile.window_right)[0, 0]
 
 
+def draw_window(rows: int) -> int | None:
+    return [None, 0, 1, int(torch.randint(2, rows + 1, ()))][int(torch.randint(4, ()))]
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_pair_that_attends_is_in_one_call(layout: Layout, world_size: int) -> None:
     for _ in range(40):
-        rows, keys = (2 * world_size * random.randint(1, 4) for _ in range(2))
-        left, right = (random.choice([None, 0, 1, random.randint(2, rows)]) for _ in range(2))
+        rows, keys = (2 * world_size * size for size in torch.randint(1, 5, (2,)).tolist())
+        left, right = (draw_window(rows) for _ in range(2))
         attended = torch.zeros(rows, keys, dtype=torch.int64)
         for query_rank in range(world_size):
             for key_rank in range(world_size):
