@@ -167,7 +167,7 @@ class RingAttention(torch.autograd.Function):
                     keys[:, :, there],
                     values[:, :, there],
                     out[:, :, here],
-                    row_logsumexp.contiguous(),
+                    row_logsumexp,
                     rng_state,
                     **options,
                     output_mask=[*wanted, False, False, False],
