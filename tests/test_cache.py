@@ -15,6 +15,18 @@ from torch_attn import KVCache
 BATCH, HEADS, KV_HEADS, DIM, LENGTH = 3, 4, 2, 8, 12
 
 
+def attend(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+    return torch_attn.attention(
+        query,
+        keys,
+        values,
+        key_lengths=lengths,
+        is_causal=True,
+        causal_alignment="bottom_right",
+        enable_gqa=True,
+    )
+
+
 class Layer(nn.Module):
     """Causal attention with a cache; the cache is longer than any sequence."""
 
@@ -35,16 +47,7 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self.project(x)
-        keys, values, lengths = self.cache.update(key, value)
-        return torch_attn.attention(
-            query,
-            keys,
-            values,
-            key_lengths=lengths,
-            is_causal=True,
-            causal_alignment="bottom_right",
-            enable_gqa=True,
-        )
+        return attend(query, *self.cache.update(key, value))
 
 
 def decode(layer: Callable[[Tensor], Tensor], x: Tensor, steps: list[int]) -> Tensor:
@@ -149,15 +152,7 @@ def test_a_scripted_cache_saved_and_loaded(x: Tensor) -> None:
 
         def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             keys, values, lengths = self.cache.update(key, value)
-            return torch.ops.torch_attn.attention(
-                query,
-                keys,
-                values,
-                key_lengths=lengths,
-                is_causal=True,
-                causal_alignment="bottom_right",
-                enable_gqa=True,
-            )
+            return attend(query, keys, values, lengths)
 
     file = io.BytesIO()
     torch.jit.save(torch.jit.script(Step()), file)

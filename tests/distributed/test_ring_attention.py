@@ -181,7 +181,7 @@ def test_a_ring_of_one_process_compiles() -> None:
         def layer(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             return ring_attention(query.sin(), key, value, is_causal=True).cos()
 
-        out = torch.compile(layer, backend="aot_eager")(*leaves)
+        out = torch.compile(layer, backend="eager")(*leaves)
         exact = torch_attn.attention(leaves[0].sin(), *leaves[1:], is_causal=True).cos()
         torch.testing.assert_close(out, exact)
         grads = [torch.autograd.grad(x.sum(), leaves) for x in (out, exact)]
