@@ -40,6 +40,7 @@ CASES = [
     Case("window_right_only", query_length=48, key_length=24, options={"window_right": 3}),
     Case("key_lengths", batch=3, query_length=40, key_length=48, draw=key_lengths),
     Case("key_lengths_causal", batch=3, query_length=48, key_length=48, draw=key_lengths, options=CAUSAL),
+    Case("no_keys", query_length=16, key_length=0),
     Case("scale_and_softcap", query_length=32, key_length=32, options={"scale": -0.7, "softcap": 2.0}),
 ]
 CASE_BY_NAME = {case.name: case for case in CASES}

@@ -38,7 +38,7 @@ class Runs:
         length = sum(shard.size(dim) for shard in shards)
         sequence = torch.cat(shards, dim).clone()
         rows = [rows_of(layout, length, rank, len(shards)) for rank in range(len(shards))]
-        return sequence.index_copy(dim, torch.tensor(sum(rows, [])), torch.cat(shards, dim))
+        return sequence.index_copy(dim, torch.tensor(sum(rows, []), dtype=torch.int64), torch.cat(shards, dim))
 
     def call(self, run: Any) -> dict[str, Tensor]:
         names = self.ranks[0][run]

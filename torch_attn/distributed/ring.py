@@ -57,16 +57,16 @@ class Call:
             options["key_lengths"] = (present - tile.key_begin).clamp(0, tile.key_end - tile.key_begin)
         return options
 
-    def exchange(self, tensors: Sequence[Tensor]) -> Exchange:
+    def exchange(self, tensors: Sequence[Tensor], tag: int = 0) -> Exchange:
         """Start to send tensors, unchanged until the end, to the next rank, and to get the like from the previous."""
         if self.size == 1:
             return Exchange([], [], list(tensors))
         received = [torch.empty_like(tensor) for tensor in tensors]
         successor, predecessor = (self.rank + 1) % self.size, (self.rank - 1) % self.size
         operations = []
-        for tag, (tensor, place) in enumerate(zip(tensors, received, strict=True)):
-            operations.append(dist.P2POp(dist.isend, tensor, group=self.group, tag=tag, group_peer=successor))
-            operations.append(dist.P2POp(dist.irecv, place, group=self.group, tag=tag, group_peer=predecessor))
+        for i, (tensor, place) in enumerate(zip(tensors, received, strict=True), start=tag):
+            operations.append(dist.P2POp(dist.isend, tensor, group=self.group, tag=i, group_peer=successor))
+            operations.append(dist.P2POp(dist.irecv, place, group=self.group, tag=i, group_peer=predecessor))
         return Exchange(dist.batch_isend_irecv(operations) if operations else [], list(tensors), received)
 
     def rotate(self, key: Tensor, value: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -182,7 +182,7 @@ class RingAttention(torch.autograd.Function):
             for there, part in parts:
                 for grad, of_tile in zip(grads, part, strict=True):
                     grad[:, :, there] += of_tile
-            travelling = call.exchange(grads)
+            travelling = call.exchange(grads, tag=2)  # key and value travel at the same time
         assert travelling is not None
         arrived = iter(travelling.wait())  # after P rounds, back where key and value came from
         return (
