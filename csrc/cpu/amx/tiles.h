@@ -132,7 +132,7 @@ typedef uint16_t HalfVec __attribute__((vector_size(64)));
 typedef uint16_t HalfVecUnaligned __attribute__((vector_size(64), aligned(2), may_alias));
 
 // out[i / 2][column][i % 2] = rows[i][column]; rows and columns are multiples of 2 and 32.
-TA_NOINLINE void pair_rows(uint16_t* out, HalfRows in, int64_t rows, int64_t columns) {
+TA_NOINLINE inline void pair_rows(uint16_t* out, HalfRows in, int64_t rows, int64_t columns) {
   HalfVec low{}, high{};
 #pragma GCC unroll 32
   for (int i = 0; i < 32; ++i) {
