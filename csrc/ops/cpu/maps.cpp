@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "cpu/map_kernels.h"
+#include "ops/cpu/forward_calls.h"
 #include "ops/cpu/threads.h"
 #include "ops/map_call.h"
 
@@ -39,6 +40,7 @@ WithWeightsResult attention_with_weights_forward_cpu(const WithWeightsArguments&
   o.mean = a.mean;
   o.computed_logsumexp = logsumexp.mutable_data_ptr();
   o.out = view_of_matrix(out);
+  count_forward_call();
   cpu::attention_weights(prepared.problem, o, torch_threads());
   return {out, weights, logsumexp};
 }
