@@ -18,18 +18,48 @@ struct VectorPanel {
   static constexpr int64_t kKeys = kBackwardKeys;  // per block
   static constexpr int64_t kPaddedKeys = 0;        // how far scores may write beyond a block's keys
 
-  // What all tasks share: nothing. An output is computed only if with_output.
+  // What all tasks share: keys and, if an output is computed, values, copied once where every panel would copy them.
   struct Shared {
-    Shared(const AttentionProblem&, bool /*with_output*/, const Parallel&, Scratch&) {}
+    const Real *keys = nullptr, *values = nullptr;  // [batch · kv head][key][column]; null where they are read in place
+
+    Shared(const AttentionProblem& p, bool with_output, const Parallel& parallel, Scratch& scratch) {
+      if (p.query_length <= kRows) return;
+      keys = copy(p, p.key, p.head_dim, parallel, scratch);
+      if (with_output) values = copy(p, p.value, p.value_dim, parallel, scratch);
+    }
+
+    static const Real* copy(const AttentionProblem& p, const TensorView& view, int64_t columns,
+                            const Parallel& parallel, Scratch& scratch) {
+      if (view.dtype == kStoredAs<Real> && view.stride[2] == columns) return nullptr;
+      auto* rows = scratch.take<Real>(p.batch * p.kv_heads * p.key_length * columns);
+      const int64_t blocks = (p.key_length + kKeys - 1) / kKeys;
+      for_each_item(parallel, p.batch * p.kv_heads * blocks, [&](int64_t item, Scratch&) {
+        const int64_t key = item % blocks * kKeys, head = item / blocks;
+        load_rows(rows + (head * p.key_length + key) * columns, columns, view,
+                  element(view, head / p.kv_heads, head % p.kv_heads, key), smaller(kKeys, p.key_length - key),
+                  columns);
+      });
+      return rows;
+    }
+
+    static TA_INLINE Rows<Real> block(const AttentionProblem& p, const Real* copied, const TensorView& view,
+                                      int64_t batch, int64_t head, int64_t key, int64_t keys, int64_t columns,
+                                      bool few_rows, Real* memory) {
+      const int64_t kv_head = head / (p.heads / p.kv_heads);
+      if (copied == nullptr) return key_value_rows(view, batch, kv_head, key, keys, columns, few_rows, memory);
+      return {copied + ((batch * p.kv_heads + kv_head) * p.key_length + key) * columns, columns};
+    }
   };
 
   const AttentionProblem& p;
+  const Shared& shared;
   TileScratch<Real> tile;
   Real *query, *row_memory, *key_scratch, *value_scratch;
   int64_t batch = 0, head = 0, row = 0, rows = 0;
   int vectors = 1;
 
-  VectorPanel(const AttentionProblem& problem, const Shared&, Scratch& scratch) : p(problem), tile(problem, scratch) {
+  VectorPanel(const AttentionProblem& problem, const Shared& state, Scratch& scratch)
+      : p(problem), shared(state), tile(problem, scratch) {
     query = scratch.take<Real>(kRows * p.head_dim);
     row_memory = scratch.take<Real>(kRows * round_up(p.head_dim, kLanes<Real>));
     key_scratch = scratch.take<Real>(kKeys * p.head_dim);
@@ -57,8 +87,8 @@ struct VectorPanel {
     const KeySpan span = KeySpan::of(stage.band, row, rows, key, keys, kTileRows<kVectors>);
     BiasTile<Real> bias;
     if (span.empty() || !load_bias<Real, kVectors>(stage, tile, row, rows, key, span, bias)) return false;
-    const Rows<Real> key_rows = key_value_rows(p.key, batch, head / (p.heads / p.kv_heads), key, keys, p.head_dim,
-                                               rows <= kFewRows, key_scratch);
+    const Rows<Real> key_rows =
+        Shared::block(p, shared.keys, p.key, batch, head, key, keys, p.head_dim, rows <= kFewRows, key_scratch);
     const Real nothing = -static_cast<Real>(__builtin_inf());
     fill<Real>(out, nothing, span.begin * width);
     fill<Real>(out + span.end * width, nothing, (keys - span.end) * width);
@@ -76,13 +106,26 @@ struct VectorPanel {
   // out[column][lane] += Σ_key value[key][column] · weights[key][lane].
   template <int kVectors>
   TA_NOINLINE void combine(int64_t key, int64_t keys, const Real* weights, Real* out) {
-    const Rows<Real> value_rows = key_value_rows(p.value, batch, head / (p.heads / p.kv_heads), key, keys, p.value_dim,
-                                                 rows <= kFewRows, value_scratch);
+    const Rows<Real> value_rows =
+        Shared::block(p, shared.values, p.value, batch, head, key, keys, p.value_dim, rows <= kFewRows, value_scratch);
     combine_rows<Real, kVectors, false>(p.value_dim, keys, value_rows.data, value_rows.stride, weights, out, nullptr);
   }
 
   // Rows of a panel of outputs.
   int64_t value_columns() const { return p.value_dim; }
+
+  // Writes weights [key][lane] times factor[lane] to the rows of a tensor that start at columns, as far as that needs
+  // no detour; returns how many of the keys are done.
+  template <int kVectors>
+  static TA_INLINE int64_t write(const TensorView& out, char* columns, const Real* weights, const Real* factor,
+                                 int64_t rows, int64_t keys) {
+    const int64_t done = out.dtype == kStoredAs<Real> ? round_down(keys, kLanes<Real>) : 0;
+    if (done > 0) {
+      unpack_panel(reinterpret_cast<Real*>(columns), out.stride[2], weights, kVectors * kLanes<Real>, factor, rows,
+                   done);
+    }
+    return done;
+  }
 };
 
 // exp(score − subtracted) in place for a block of keys; sum, unless null, is brought up to date.
@@ -106,8 +149,8 @@ TA_NOINLINE void exponentials(int64_t keys, const Real* subtracted, Real* scores
   for (int n = 0; n < kVectors; ++n) store(sum + n * n_lanes, load(sum + n * n_lanes) + block_sum[n]);
 }
 
-// sums[key][lane] += weights[key][lane] · factor[lane]
-template <int kVectors, class Real>
+// sums[key][lane] = or, unless it is the first, += weights[key][lane] · factor[lane]
+template <bool kFirst, int kVectors, class Real>
 TA_NOINLINE void add_scaled(int64_t keys, const Real* weights, const Real* factor, Real* sums) {
   constexpr int n_lanes = kLanes<Real>, width = kVectors * n_lanes;
   Vec<Real> row[kVectors];
@@ -117,7 +160,8 @@ TA_NOINLINE void add_scaled(int64_t keys, const Real* weights, const Real* facto
 #pragma GCC unroll 4
     for (int n = 0; n < kVectors; ++n) {
       const int64_t place = j * width + n * n_lanes;
-      store(sums + place, load(sums + place) + load(weights + place) * row[n]);
+      const Vec<Real> scaled = load(weights + place) * row[n];
+      store(sums + place, kFirst ? scaled : load(sums + place) + scaled);
     }
   }
 }
@@ -173,7 +217,6 @@ struct WeightsKernel {
     memory.batch = batch, memory.row = row, memory.rows = rows;
     for (int64_t first = range.begin; first < range.end || first == range.begin; first += larger<int64_t>(chunk, 1)) {
       const int64_t last = smaller(first + chunk, range.end);
-      if (outputs.mean) fill<Real>(memory.sums, 0, (last - first) * kRows);
       for (int64_t head = first_head; head < (outputs.mean ? p.heads : first_head + 1); ++head) {
         if (outputs.mean || first == range.begin) memory.panel.start(batch, head, row, rows);
         const ScoreStage<Real> stage(p, batch, head);
@@ -181,7 +224,8 @@ struct WeightsKernel {
           known ? from_logsumexp<kVectors>(memory, stage, first, last) : from_scores<kVectors>(memory, stage, range);
           if (outputs.mean) {
             for (int64_t i = 0; i < kVectors * kLanes<Real>; ++i) memory.factor[i] /= static_cast<Real>(p.heads);
-            add_scaled<kVectors>(last - first, memory.weights, memory.factor, memory.sums);
+            head == 0 ? add_scaled<true, kVectors>(last - first, memory.weights, memory.factor, memory.sums)
+                      : add_scaled<false, kVectors>(last - first, memory.weights, memory.factor, memory.sums);
           } else {
             write<kVectors>(memory, head, first, last, memory.weights);
           }
@@ -288,8 +332,8 @@ struct WeightsKernel {
     const int64_t size = element_size(out.dtype);
     for_each_block<kVectors>(weights, first, last, [&](int64_t key, int64_t keys, Real* place) {
       char* columns = element(out, memory.batch, head, memory.row) + key * size;
-      const int64_t in_place = out.dtype == kStoredAs<Real> ? round_down(keys, kLanes<Real>) : 0;
-      unpack_panel(reinterpret_cast<Real*>(columns), out.stride[2], place, width, memory.factor, memory.rows, in_place);
+      const int64_t in_place =
+          Panel::template write<kVectors>(out, columns, place, memory.factor, memory.rows, keys);
       if (in_place == keys) return;
       const int64_t rest = keys - in_place, stride = round_up(rest, kLanes<Real>);
       unpack_panel(memory.weight_rows, stride, place + in_place * width, width, memory.factor, memory.rows, rest);
