@@ -162,6 +162,32 @@ def test_svg_is_xml_that_holds_the_map(length: int, style: str, tmp_path: Path) 
     assert file.stat().st_size < 1_000_000
 
 
+OF_LENGTH = {
+    "heatmap": lambda n, **options: plot.heatmap(maps(n, n), words(n), **options),
+    "alignment": lambda n, **options: plot.alignment(maps(40, n), words(n), words(40), **options),
+    "grid": lambda n, **options: plot.head_grid(maps(1, 2, 64, n), **options),
+    "image": lambda n, **options: plot.image_overlay(torch.rand(128, 128), maps(n), **options),
+    "frames": lambda n, **options: plot.spectrogram_overlay(torch.rand(20, n), maps(n), **options),
+    "queries": lambda n, **options: plot.spectrogram_overlay(torch.rand(20, n), maps(3, n), words(3), **options),
+    "bars": lambda n, **options: plot.feature_bars(maps(2, n), words(n), **options),
+}
+
+
+@pytest.mark.parametrize("length, style", [(64, "dark"), (4096, "light")])
+@pytest.mark.parametrize("kind", OF_LENGTH)
+def test_every_picture_of_few_and_of_many_tokens_is_whole_in_png_and_svg(
+    kind: str, length: int, style: str, tmp_path: Path
+) -> None:
+    figure = OF_LENGTH[kind](length, title="Title", style=style)
+    assert tuple(render(figure)[0, 0]) == rgb(STYLES[style].background)
+    box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+    assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height
+    assert max(width, height) < 16  # inches: of many tokens, too, a picture fits a page
+    figure.savefig(tmp_path / "map.svg")
+    assert ElementTree.parse(tmp_path / "map.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
+    assert (tmp_path / "map.svg").stat().st_size < 2_000_000
+
+
 @pytest.mark.parametrize("color_scale, middle", [("linear", 0.25), ("sqrt", 0.5), ("log", 0.5)])
 def test_color_scales(color_scale: str, middle: float) -> None:
     weights = torch.tensor([[1.0, 0.25 if color_scale != "log" else 0.01]])
