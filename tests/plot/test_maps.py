@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 
@@ -130,6 +131,20 @@ def test_nothing_is_cut_off(case: str) -> None:
     render(figure)
     box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
     assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height
+
+
+LONG = "A title of many words, which has no room in one line above a small picture like this one, $x$, but has in two"
+
+
+@pytest.mark.parametrize("draw", [plot.heatmap, plot.head_grid, plot.feature_bars], ids=lambda draw: draw.__name__)
+def test_a_long_title_is_broken_between_words(draw: Callable[..., Figure]) -> None:
+    weights = maps(2, 4, 4) if draw is plot.head_grid else maps(4, 4)
+    figure = draw(weights, title=LONG)
+    render(figure)
+    box = figure.get_tightbbox()
+    assert box.x1 <= figure.get_size_inches()[0] and box.y1 <= figure.get_size_inches()[1]
+    title = figure.get_suptitle() or figure.axes[0].get_title(loc="left")
+    assert title.count("\n") > 0 and title.replace("\n", " ") == LONG
 
 
 def test_where_not_all_tokens_have_room_some_are_named_in_their_places() -> None:

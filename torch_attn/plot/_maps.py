@@ -205,7 +205,8 @@ def head_grid(
         note = f"in each map a row is a {query_label}, a column a {key_label}"
         figure.supxlabel(note, x=0.01, ha="left", color=chosen.muted, fontsize=8, parse_math=False)
     if title and ax is None:
-        figure.suptitle(title, x=0.01, ha="left", color=chosen.ink, fontsize=11, fontweight="bold", parse_math=False)
+        font = {"fontsize": 11, "fontweight": "bold", "parse_math": False}
+        _figure.wrap(figure.suptitle(title, x=0.01, ha="left", color=chosen.ink, **font), margin=0.2)
     elif title:
         _figure.write_title(ax, title, chosen)
     bar = figure.colorbar(
