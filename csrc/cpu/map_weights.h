@@ -332,8 +332,7 @@ struct WeightsKernel {
     const int64_t size = element_size(out.dtype);
     for_each_block<kVectors>(weights, first, last, [&](int64_t key, int64_t keys, Real* place) {
       char* columns = element(out, memory.batch, head, memory.row) + key * size;
-      const int64_t in_place =
-          Panel::template write<kVectors>(out, columns, place, memory.factor, memory.rows, keys);
+      const int64_t in_place = Panel::template write<kVectors>(out, columns, place, memory.factor, memory.rows, keys);
       if (in_place == keys) return;
       const int64_t rest = keys - in_place, stride = round_up(rest, kLanes<Real>);
       unpack_panel(memory.weight_rows, stride, place + in_place * width, width, memory.factor, memory.rows, rest);

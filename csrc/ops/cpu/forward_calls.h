@@ -1,5 +1,5 @@
-// The count that the op kernel_calls returns, by which a test proves that an output came from these kernels. Included by
-// the operators whose kernels compute attention's output.
+// The count that the op kernel_calls returns, by which a test proves that an output came from these kernels. Included
+// by the operators whose kernels compute attention's output.
 #pragma once
 
 #include <atomic>
