@@ -19,7 +19,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 build: $(VENV)/.installed
 
 test: lint build
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 # The CUDA kernels in the emulator, under AddressSanitizer.
 sanitize: build

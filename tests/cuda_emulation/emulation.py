@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import math
 import shutil
 import subprocess
@@ -152,10 +153,13 @@ def build(check: str) -> Device:
     folder = BUILD / check
     cmake = shutil.which("cmake")
     assert cmake, "the emulated CUDA kernels are built with CMake, and there is none on the PATH"
+    folder.mkdir(parents=True, exist_ok=True)
     configure = [cmake, "-S", str(HERE), "-B", str(folder), "-G", "Ninja", f"-DCHECK={check}"]
-    for command in (configure, [cmake, "--build", str(folder)]):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, f"{' '.join(command)} failed:\n{done.stdout[-8000:]}\n{done.stderr[-4000:]}"
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of two workers, one builds and the other waits
+        for command in (configure, [cmake, "--build", str(folder)]):
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, f"{' '.join(command)} failed:\n{done.stdout[-8000:]}\n{done.stderr[-4000:]}"
     return Device(folder / "libcuda_emulation.so")
 
 
