@@ -384,5 +384,6 @@ def _attention_with_weights(
     weights = torch.ops.torch_attn.attention_weights(q, k, attn_mask=mask, is_causal=is_causal, logsumexp=logsumexp)
     batch, num_heads, query_length, key_length = weights.shape
     keep = torch.ops.torch_attn.dropout_keep_mask(rng_state, batch, num_heads, query_length, key_length, dropout_p)
-    weights = weights * keep * (1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0)
-    return out, weights.mean(1) if average else weights
+    kept = weights * keep
+    kept_scale = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
+    return out, (kept.mean(1) if average else kept) * kept_scale
