@@ -86,6 +86,9 @@ TORCH_LIBRARY_FRAGMENT(torch_attn, m) {
   define("attention_weights_forward(" + kMapInputs + kScoreOptions + ", Tensor? logsumexp=None, " + kSelectedRows +
              ") -> (Tensor weights, Tensor logsumexp)",
          pure);
+  define("attention_with_weights_forward(" + kInputs + kScoreOptions +
+             ", bool mean=False) -> (Tensor out, Tensor weights, Tensor logsumexp)",
+         pure);
   define("attention_weights_backward(Tensor grad_weights, Tensor query, Tensor key, Tensor logsumexp, *, " +
              kScoreOptions + ", " + kSelectedRows + ", bool[5] output_mask)" + kMapGradients,
          pure);
