@@ -17,6 +17,12 @@ struct TensorView {
   int64_t stride[4] = {0, 0, 0, 0};
   ScalarType dtype = ScalarType::kFloat32;
 
+  // A paged key or value: row i of batch entry b is row i % page_rows of the page pages[b · pages_stride +
+  // i / page_rows], and stride[0] leads from page to page. Null: not paged. Forward kernels alone serve it.
+  const int32_t* pages = nullptr;
+  int64_t pages_stride = 0;
+  int64_t page_rows = 0;
+
   TA_HOST_DEVICE bool defined() const { return data != nullptr; }
 };
 
@@ -54,6 +60,14 @@ struct AttentionProblem {
   Alignment alignment = Alignment::kTopLeft;
   const int64_t* key_lengths = nullptr;  // (B), each in [0, S]; null: all are S
 
+  // Packed sequences: query, and all that is laid out like it, holds the rows of all batch entries one after the other,
+  // entry b's from query_starts[b] to query_starts[b + 1], and stride[0] is 0. query_length is then that of the longest
+  // entry, and packed_rows counts all rows, those after the last entry too. Null: every entry has query_length rows.
+  // Keys and values alike. The kernels of attention maps and hard attention do not serve such calls.
+  const int64_t* query_starts = nullptr;  // (B + 1)
+  const int64_t* key_starts = nullptr;    // (B + 1)
+  int64_t packed_rows = 0;                // 0: query is not packed
+
   // Where query holds chosen rows of a longer one: row i is row query_rows[i] of full_query_length, in any order; the
   // mask's rows have been chosen alike. Null: query is whole. Only the kernels of attention maps serve such calls.
   const int64_t* query_rows = nullptr;
@@ -73,13 +87,17 @@ struct AttentionProblem {
 
   TA_HOST_DEVICE int64_t group_size() const { return kv_heads == 0 ? 1 : heads / kv_heads; }
 
+  // How many numbers a head has in logsumexp and its like, (B, Hq, L) or, of packed sequences, (Hq, packed_rows).
+  TA_HOST_DEVICE int64_t rows_of_head() const { return packed_rows > 0 ? packed_rows : query_length; }
+
   // The batch_head that dropout.h's counter takes.
   TA_HOST_DEVICE int64_t dropout_batch_head(int64_t b, int64_t h) const {
     return (dropout_batches > 0 ? b % dropout_batches : b) * heads + h;
   }
 };
 
-// What a forward kernel writes. logsumexp is (B, Hq, L), contiguous, accumulator type; out has column stride 1.
+// What a forward kernel writes. logsumexp is (B, Hq, L) or, of packed sequences, (Hq, packed_rows), contiguous,
+// accumulator type, and so is all that is said to be (B, Hq, L) below; out has column stride 1.
 struct ForwardOutputs {
   TensorView out;
   void* logsumexp = nullptr;
