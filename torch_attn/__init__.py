@@ -19,6 +19,7 @@ from .reinforce import (  # noqa: E402
 )
 from .replace import replace_mha, restore_mha  # noqa: E402
 from .rollout import attention_rollout  # noqa: E402
+from .varlen import paged_attention, varlen_attention  # noqa: E402
 
 __all__ = [
     "AttentionRecord",
@@ -34,10 +35,12 @@ __all__ = [
     "attention_weights",
     "hard_attention",
     "leave_one_out_baseline",
+    "paged_attention",
     "plot",
     "record_attention",
     "reinforce_loss",
     "replace_mha",
     "restore_mha",
     "scaled_dot_product_attention",
+    "varlen_attention",
 ]

@@ -87,12 +87,30 @@ struct AttentionProblem {
 
   TA_HOST_DEVICE int64_t group_size() const { return kv_heads == 0 ? 1 : heads / kv_heads; }
 
-  // How many numbers a head has in logsumexp and its like, (B, Hq, L) or, of packed sequences, (Hq, packed_rows).
-  TA_HOST_DEVICE int64_t rows_of_head() const { return packed_rows > 0 ? packed_rows : query_length; }
+  // One batch entry: how many rows and keys it has, and which of a packed tensor's rows is its first.
+  TA_HOST_DEVICE int64_t queries_of(int64_t batch) const { return length_of(query_starts, query_length, batch); }
+  TA_HOST_DEVICE int64_t keys_of(int64_t batch) const { return length_of(key_starts, key_length, batch); }
+  TA_HOST_DEVICE int64_t first_query(int64_t batch) const { return query_starts ? query_starts[batch] : 0; }
+  TA_HOST_DEVICE int64_t first_key(int64_t batch) const { return key_starts ? key_starts[batch] : 0; }
+
+  // Where in logsumexp and its like, (B, Hq, L) or, of packed sequences, (Hq, packed_rows), the rows of a head start,
+  // and how many numbers there are in all.
+  TA_HOST_DEVICE int64_t first_row(int64_t batch, int64_t head) const {
+    if (query_starts) return head * packed_rows + query_starts[batch];
+    return (batch * heads + head) * (packed_rows > 0 ? packed_rows : query_length);
+  }
+  TA_HOST_DEVICE int64_t all_rows() const { return heads * (packed_rows > 0 ? packed_rows : batch * query_length); }
 
   // The batch_head that dropout.h's counter takes.
   TA_HOST_DEVICE int64_t dropout_batch_head(int64_t b, int64_t h) const {
     return (dropout_batches > 0 ? b % dropout_batches : b) * heads + h;
+  }
+
+ private:
+  TA_HOST_DEVICE static int64_t length_of(const int64_t* starts, int64_t longest, int64_t batch) {
+    if (starts == nullptr) return longest;
+    const int64_t length = starts[batch + 1] - starts[batch];
+    return length < longest ? length : longest;
   }
 };
 

@@ -9,20 +9,13 @@ namespace torch_attn {
 
 class Sequence {
  public:
-  Sequence(const AttentionProblem& call, int64_t batch) : call_(call), batch_(batch) {
-    if (call.query_starts != nullptr) {
-      first_query_ = call.query_starts[batch];
-      query_length_ = call.query_starts[batch + 1] - first_query_;
-    } else {
-      query_length_ = call.query_length;
-    }
-    if (call.key_starts != nullptr) {
-      first_key_ = call.key_starts[batch];
-      key_length_ = call.key_starts[batch + 1] - first_key_;
-    } else {
-      key_length_ = call.key_length;
-    }
-  }
+  Sequence(const AttentionProblem& call, int64_t batch)
+      : call_(call),
+        batch_(batch),
+        query_length_(call.queries_of(batch)),
+        key_length_(call.keys_of(batch)),
+        first_query_(call.first_query(batch)),
+        first_key_(call.first_key(batch)) {}
 
   int64_t query_length() const { return query_length_; }
   int64_t key_length() const { return key_length_; }
@@ -104,14 +97,11 @@ class Sequence {
   }
   TensorView per_head(const TensorView& view) const { return shifted(view, batch_ * view.stride[0]); }
 
-  // Of logsumexp and its like.
-  void* by_row(const void* data) const {
-    const int64_t before = call_.query_starts != nullptr ? first_query_ : batch_ * call_.heads * call_.query_length;
-    return moved(data, before * accumulator_size());
-  }
+  // Of logsumexp and its like: packed or not, an entry's first head starts there.
+  void* by_row(const void* data) const { return moved(data, call_.first_row(batch_, 0) * accumulator_size()); }
 
   const AttentionProblem& call_;
-  int64_t batch_, query_length_ = 0, key_length_ = 0, first_query_ = 0, first_key_ = 0;
+  int64_t batch_, query_length_, key_length_, first_query_, first_key_;
 };
 
 }  // namespace torch_attn

@@ -55,9 +55,9 @@ struct Options : CallOptions {
       Concatenated<CallOptions::Types, TypeList<const OptionalTensor&, const OptionalTensor&, std::optional<SymInt>,
                                                 std::optional<SymInt>, const OptionalTensor&>>;
 
-  OptionalTensor cu_seqlens_q, cu_seqlens_k;
-  std::optional<SymInt> max_seqlen_q, max_seqlen_k;
-  OptionalTensor block_table;
+  OptionalTensor cu_seqlens_q = {}, cu_seqlens_k = {};
+  std::optional<SymInt> max_seqlen_q = {}, max_seqlen_k = {};
+  OptionalTensor block_table = {};
 
   auto flat() const {
     return std::tuple_cat(CallOptions::flat(),

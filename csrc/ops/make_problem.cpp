@@ -127,7 +127,7 @@ PreparedProblem make_problem(const ForwardArguments& a, const Tensor& rng_state)
   check_arguments(a);
   const Options& o = a.options;
   PreparedProblem prepared;
-  auto& [p, tensors] = prepared;
+  AttentionProblem& p = prepared.problem;
 
   const Sizes sizes = Sizes::of(a);
   p.batch = sizes.entries.expect_int();
@@ -140,7 +140,7 @@ PreparedProblem make_problem(const ForwardArguments& a, const Tensor& rng_state)
   p.dtype = scalar_type_of(a.query);
 
   size_t used = 0;
-  const auto keep = [&](Tensor tensor) -> const Tensor& { return tensors[used++] = std::move(tensor); };
+  const auto keep = [&](Tensor tensor) -> const Tensor& { return prepared.tensors[used++] = std::move(tensor); };
   const auto matrix = [&](const Tensor& tensor) { return view_of_matrix(keep(with_unit_column_stride(tensor))); };
   p.query = matrix(a.query);
   p.key = matrix(a.key);

@@ -25,7 +25,10 @@ UNBOUNDED = 1 << 60
 
 
 class TensorView(Structure):
-    _fields_ = [("data", c_void_p), ("stride", c_int64 * 4), ("dtype", c_uint8)]
+    _fields_ = [
+        *(("data", c_void_p), ("stride", c_int64 * 4), ("dtype", c_uint8)),
+        *(("pages", c_void_p), ("pages_stride", c_int64), ("page_rows", c_int64)),
+    ]
 
 
 class AttentionProblem(Structure):
@@ -43,6 +46,7 @@ class AttentionProblem(Structure):
         ("window_right", c_int64),
         ("alignment", c_uint8),
         ("key_lengths", c_void_p),
+        *(("query_starts", c_void_p), ("key_starts", c_void_p), ("packed_rows", c_int64)),
         ("query_rows", c_void_p),
         ("full_query_length", c_int64),
         ("dropout_p", c_double),
@@ -208,6 +212,7 @@ class Run:
         p.rng_state = device.put(torch.tensor([*rng_state, dropout_batches]))
         p.allow_tf32 = allow_tf32
         p.philox_seed, p.philox_offset, p.dropout_batches = 1, 1, 1  # must not be read
+        self.place_rows()
         if (mask := options.get("attn_mask")) is not None:
             p.attn_mask = view(device.put(mask), mask, strides(mask))
         if (slopes := options.get("alibi_slopes")) is not None:
@@ -218,6 +223,9 @@ class Run:
             p.sinks = view(device.put(sinks), sinks, [*sinks.stride(), 0, 0])
         if (lengths := options.get("key_lengths")) is not None:
             p.key_lengths = device.put(lengths)
+
+    def place_rows(self) -> None:
+        """For calls whose batch entries do not have dimensions of their own: see packed.py."""
 
     def by_row(self, tensor: Tensor) -> Tensor:
         """An uninitialised tensor (B, H, L, D) whose storage is (B, L, H, D)."""
@@ -266,7 +274,9 @@ class Run:
             grad = torch.empty(leaves["attn_mask"].shape, dtype=self.real)
             t.grad_attn_mask = view(output("grad_attn_mask", grad), grad, strides(grad))
         if "alibi_slopes" in leaves:
-            t.grad_alibi_slopes = output("grad_alibi_slopes", torch.empty(self.sizes[:2], dtype=self.real))
+            t.grad_alibi_slopes = output(
+                "grad_alibi_slopes", torch.empty(self.problem.batch, self.sizes[1], dtype=self.real)
+            )
         self.backward_tiers = self.answers(t)
         device.check(device.lib.emulation_backward(ctypes.byref(self.problem), ctypes.byref(t)))
         for name, grad in grads.items():

@@ -39,7 +39,7 @@ static bool has_large_logsumexp(const AttentionProblem& p, const BackwardTensors
   const float* logsumexp = static_cast<const float*>(t.logsumexp);
   bool any = false;
   for (int64_t head = 0; head < p.batch * p.heads; ++head) {
-    const float* row = logsumexp + head * p.rows_of_head();
+    const float* row = logsumexp + p.first_row(head / p.heads, head % p.heads);
     for (int64_t i = 0; i < p.query_length; ++i) any |= is_large_logsumexp(row[i]);
   }
   return any;

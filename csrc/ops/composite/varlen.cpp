@@ -69,5 +69,12 @@ TORCH_LIBRARY_IMPL(torch_attn, CompositeImplicitAutograd, m) {
   m.impl("paged_attention", PagedAttention::kernel<paged_attention>);
   m.impl("paged_attention_with_logsumexp", PagedAttentionWithLogsumexp::kernel<paged_attention_with_logsumexp>);
 }
+// vmap, whose rules refuse such calls, is not covered by the alias above.
+TORCH_LIBRARY_IMPL(torch_attn, FuncTorchBatchedDecomposition, m) {
+  m.impl("varlen_attention", VarlenAttention::kernel<varlen_attention>);
+  m.impl("varlen_attention_with_logsumexp", VarlenAttentionWithLogsumexp::kernel<varlen_attention_with_logsumexp>);
+  m.impl("paged_attention", PagedAttention::kernel<paged_attention>);
+  m.impl("paged_attention_with_logsumexp", PagedAttentionWithLogsumexp::kernel<paged_attention_with_logsumexp>);
+}
 
 }  // namespace torch_attn::ops
