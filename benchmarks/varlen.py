@@ -2,8 +2,8 @@
 
     python -m benchmarks.varlen --name varlen
 
-Training: forward and backward of B sequences, in turn packed (varlen_attention), padded with key lengths (attention), and
-padded with a mask (PyTorch's SDPA). Decoding: paged_attention, and gathering the blocks for attention.
+Training: forward and backward of B sequences, in turn packed (varlen_attention), padded with key lengths (attention),
+and padded with a mask (PyTorch's SDPA). Decoding: paged_attention, and gathering the blocks for attention.
 """
 
 from __future__ import annotations

@@ -193,9 +193,7 @@ def varlen_attention(
     Shapes: query (Tq, Hq, D), key (Tk, Hkv, D), value (Tk, Hkv, Dv); ``keep_mask`` (B, Hq, longest query, longest key).
     Returns the output (Tq, Hq, Dv) and logsumexp (Hq, Tq); rows after the last sequence are 0 and −∞.
     """
-    out = query.new_zeros(*query.shape[:2], value.size(-1))
-    logsumexp = query.new_full((query.size(1), query.size(0)), -math.inf)
-    outs, logsumexps = list(out.split(1)), list(logsumexp.split(1, 1))
+    outs, logsumexps = [], []
     for b in range(cu_seqlens_q.numel() - 1):
         rows = slice(int(cu_seqlens_q[b]), int(cu_seqlens_q[b + 1]))
         keys = slice(int(cu_seqlens_k[b]), int(cu_seqlens_k[b + 1]))
@@ -208,9 +206,12 @@ def varlen_attention(
             keep_mask=None if keep_mask is None else keep_mask[b : b + 1, :, : lengths[0], : lengths[1]],
             **options,
         )
-        outs[rows] = one_out[0].transpose(0, 1).split(1)
-        logsumexps[rows] = one_logsumexp[0].split(1, 1)
-    return torch.cat([out[:0], *outs]), torch.cat([logsumexp[:, :0], *logsumexps], 1)
+        outs.append(one_out[0].transpose(0, 1))
+        logsumexps.append(one_logsumexp[0])
+    tail = query[int(cu_seqlens_q[-1]) :]
+    outs.append(tail.new_zeros(*tail.shape[:2], value.size(-1)))
+    logsumexps.append(tail.new_full((tail.size(1), tail.size(0)), -math.inf))
+    return torch.cat(outs), torch.cat(logsumexps, 1)
 
 
 def paged_attention(

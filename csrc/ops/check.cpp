@@ -107,7 +107,12 @@ void check_places(const ForwardArguments& a) {
   };
   check_starts(o.cu_seqlens_q, o.max_seqlen_q, "cu_seqlens_q", "max_seqlen_q", a.query);
   check_starts(o.cu_seqlens_k, o.max_seqlen_k, "cu_seqlens_k", "max_seqlen_k", a.key);
-  const SymInt entries = Sizes::of(a).entries;
+  if (is_paged(o)) {
+    check_integers(*o.block_table, "block_table", a.query);
+    TORCH_CHECK(o.block_table->dim() == 2,
+                "attention: block_table must have 2 dimensions, (batch, blocks of a sequence), but its shape is ",
+                shape_text(*o.block_table), ".");
+  }
   if (is_defined(o.cu_seqlens_k)) {
     TORCH_CHECK(is_defined(o.cu_seqlens_q) && o.cu_seqlens_k->sym_size(0) == o.cu_seqlens_q->sym_size(0),
                 "attention: cu_seqlens_q and cu_seqlens_k must be of as many sequences, but their shapes are ",
@@ -119,8 +124,8 @@ void check_places(const ForwardArguments& a) {
     TORCH_CHECK(is_defined(o.cu_seqlens_k), "attention: packed queries need cu_seqlens_k or block_table.");
     return;
   }
-  check_integers(*o.block_table, "block_table", a.query);
-  TORCH_CHECK(o.block_table->dim() == 2 && o.block_table->sym_size(0) == entries,
+  const SymInt entries = Sizes::of(a).entries;
+  TORCH_CHECK(o.block_table->sym_size(0) == entries,
               "attention: block_table must have shape (batch, blocks of a sequence), of batch ", entries,
               ", but its shape is ", shape_text(*o.block_table), ".");
   TORCH_CHECK(is_defined(o.key_lengths), "attention: block_table is given without key_lengths.");
