@@ -22,15 +22,16 @@ def like(x: Tensor) -> Tensor:
     return torch.nested.nested_tensor_from_jagged(rows, x.offsets())
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_equals_torchs_own(is_causal: bool) -> None:
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_equals_torchs_own() -> None:
+    """Which has no causal mask for these on the CPU."""
     query = jagged()
     leaves = [query, *(torch.randn_like(query.values()).requires_grad_() for _ in range(2))]
     inputs = [query, *(torch.nested.nested_tensor_from_jagged(x, query.offsets()) for x in leaves[1:])]
     heads_first = [x.transpose(1, 2) for x in inputs]
     results = []
     for function in (torch_attn.scaled_dot_product_attention, F.scaled_dot_product_attention):
-        out = function(*heads_first, is_causal=is_causal)
+        out = function(*heads_first)
         assert out.is_nested and out.size(2) == heads_first[0].size(2)
         gradients = torch.autograd.grad(out.transpose(1, 2).values().square().sum(), leaves)
         results.append([out.transpose(1, 2).values(), *(g.values() if g.is_nested else g for g in gradients)])

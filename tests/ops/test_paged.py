@@ -31,7 +31,9 @@ def test_the_composite_path_agrees_with_the_kernels(case: PagedCase) -> None:
     key, value = key.nan_to_num().transpose(1, 2), value.nan_to_num().transpose(1, 2)  # it multiplies by 0 instead
     options = case.kwargs(torch.float64) | {"block_table": table, "key_lengths": lengths}
     options["causal_alignment"] = "bottom_right"
-    composite = ops.attention_forward.default._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, query, key, value, **options)
+    composite = ops.attention_forward.default._op_dk(
+        torch._C.DispatchKey.CompositeExplicitAutograd, query, key, value, **options
+    )
     torch.testing.assert_close(ops.attention_forward(query, key, value, **options), composite)
 
 

@@ -76,7 +76,9 @@ def test_gradgradcheck(case: PackedCase) -> None:
 
 def composite(name: str) -> Callable[..., tuple[Tensor, ...]]:
     """The operator as devices without kernels of their own run it."""
-    return lambda *args, **options: getattr(ops, name).default._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **options)
+    return lambda *args, **options: getattr(ops, name).default._op_dk(
+        torch._C.DispatchKey.CompositeExplicitAutograd, *args, **options
+    )
 
 
 @pytest.mark.parametrize("name", ["causal", "used_keys", "alibi_of_sequences", "everything"])
