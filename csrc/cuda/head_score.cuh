@@ -92,7 +92,7 @@ struct HeadScore {
   Dropout dropout;
   int64_t batch_head;
   int64_t dropout_head;  // what the dropout bits count as batch_head
-  int64_t query_length;  // of the batch entry
+  int query_length;      // of the batch entry, which fits: more rows would fill a GPU's memory
   int64_t first_row;     // AttentionProblem::first_row
 
   TA_DEVICE HeadScore(const AttentionProblem& p, int64_t batch, int64_t head)
@@ -104,7 +104,7 @@ struct HeadScore {
         dropout{},
         batch_head(batch * p.heads + head),
         dropout_head(0),
-        query_length(p.queries_of(batch)),
+        query_length(static_cast<int>(p.queries_of(batch))),
         first_row(p.first_row(batch, head)) {
     const int64_t keys = p.keys_of(batch);
     if (band.key_length > keys) band.key_length = keys;  // key_lengths on a GPU is not checked before

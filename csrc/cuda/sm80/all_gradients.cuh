@@ -28,8 +28,8 @@ struct FusedShared {
 
 // The sums of the 16 rows from `row`, a multiple of 16, on.
 template <int kDim>
-TA_DEVICE float* query_sums(float* sums, const AttentionProblem& p, int64_t batch, int64_t head, int64_t row) {
-  return sums + (QuerySums::first_tile(p, batch, head) * QuerySums::kRows + row) * kDim;
+TA_DEVICE float* query_sums(float* sums, const AttentionProblem& p, int batch, int head, int row) {
+  return sums + int64_t{QuerySums::first_tile(p, batch, head) * QuerySums::kRows + row} * kDim;
 }
 
 // sum += (16 columns of a, from a_column on)ᵀ · b's columns [column, column + kColumns).
@@ -66,18 +66,18 @@ __global__ void __launch_bounds__(kFusedThreads)
   const int tiles = static_cast<int>(ceil_div(p.key_length, kFusedKeys)), kv_heads = static_cast<int>(p.kv_heads);
   const int index = static_cast<int>(blockIdx.x), first = index % tiles * kFusedKeys;
   const int kv_head = index / tiles % kv_heads, batch = index / tiles / kv_heads;
-  const int queries = static_cast<int>(p.queries_of(batch)), keys = static_cast<int>(p.keys_of(batch));
-  if (first >= keys) return;  // of a packed sequence shorter than others
+  // Lengths and starts are asked for where they are needed, not kept.
+  if (first >= p.keys_of(batch)) return;  // of a packed sequence shorter than others
   const int lane = lane_index(), warp_row = 16 * warp_index();
   // Of a step's grad_query, this warp computes 16 rows and kColumns columns.
   const int query_row = warp_row % kStep, query_column = warp_row / kStep * kColumns;
 
-  const Rows<T> key(p.key, batch, kv_head, keys, p.head_dim, p.first_key(batch));
-  const Rows<T> value(p.value, batch, kv_head, keys, p.value_dim, p.first_key(batch));
+  const Rows<T> key(p.key, batch, kv_head, p.keys_of(batch), p.head_dim, p.first_key(batch));
+  const Rows<T> value(p.value, batch, kv_head, p.keys_of(batch), p.value_dim, p.first_key(batch));
   RowSteps<kStep> step(p, batch, kv_head, first, kFusedKeys);
   const bool any_step = !step.done();
   const auto copy_step = [&](auto& pair, const RowSteps<kStep>& to) {
-    const int64_t first_query = p.first_query(batch);
+    const int64_t queries = p.queries_of(batch), first_query = p.first_query(batch);
     copy_tile<kFusedThreads>(pair.query, Rows<T>(p.query, batch, to.head, queries, p.head_dim, first_query), to.row);
     copy_tile<kFusedThreads>(pair.grad_out, Rows<T>(t.grad_out, batch, to.head, queries, p.value_dim, first_query),
                              to.row);
@@ -89,9 +89,9 @@ __global__ void __launch_bounds__(kFusedThreads)
 
   float grad_key[1][kDim / 8][4] = {}, grad_value[1][kDim / 8][4] = {};
   for (int buffer = 0; !step.done(); buffer ^= 1) {
-    const int64_t row = step.row, row_end = row + kStep < queries ? row + kStep : queries;
     const int head = step.head;
     const HeadScore<float> score(p, batch, head);
+    const int row = step.row, row_end = row + kStep < score.query_length ? row + kStep : score.query_length;
     ptx::cp_async_wait<0>();
     __syncthreads();  // this step's tiles have landed, and the last step's are read no more
     step.advance();
@@ -128,11 +128,11 @@ __global__ void __launch_bounds__(kFusedThreads)
   const float key_scale = score_factor<kFull>(p), key_factors[1][2] = {{key_scale, key_scale}};
   const float keep_scale = value_factor<kFull>(p), value_factors[1][2] = {{keep_scale, keep_scale}};
   if (t.grad_key.defined())
-    store_rows<1, kDim>(Rows<T>(t.grad_key, batch, kv_head, keys, p.head_dim, p.first_key(batch)), first + warp_row, 0,
-                        grad_key, key_factors, shared.key, warp_row);
+    store_rows<1, kDim>(Rows<T>(t.grad_key, batch, kv_head, p.keys_of(batch), p.head_dim, p.first_key(batch)),
+                        first + warp_row, 0, grad_key, key_factors, shared.key, warp_row);
   if (t.grad_value.defined())
-    store_rows<1, kDim>(Rows<T>(t.grad_value, batch, kv_head, keys, p.value_dim, p.first_key(batch)), first + warp_row,
-                        0, grad_value, value_factors, shared.value, warp_row);
+    store_rows<1, kDim>(Rows<T>(t.grad_value, batch, kv_head, p.keys_of(batch), p.value_dim, p.first_key(batch)),
+                        first + warp_row, 0, grad_value, value_factors, shared.value, warp_row);
 }
 
 // The sums become grad_query: a block for 64 rows of a head.
@@ -142,9 +142,9 @@ __global__ void __launch_bounds__(kThreads) store_query_sums_kernel(const __grid
   TA_DYNAMIC_SHARED(memory);
   auto& tile = *reinterpret_cast<Tile<T, QuerySums::kRows, kDim>*>(memory);
   const int64_t tiles = ceil_div(p.query_length, QuerySums::kRows);
-  const int64_t head = blockIdx.x / tiles % p.heads, batch = blockIdx.x / tiles / p.heads;
-  const int warp_row = 16 * warp_index();
-  const int64_t tile_row = blockIdx.x % tiles * QuerySums::kRows, row = tile_row + warp_row;
+  const int head = static_cast<int>(blockIdx.x / tiles % p.heads);
+  const int batch = static_cast<int>(blockIdx.x / tiles / p.heads), warp_row = 16 * warp_index();
+  const int tile_row = static_cast<int>(blockIdx.x % tiles) * QuerySums::kRows, row = tile_row + warp_row;
   const int64_t queries = p.queries_of(batch);
   if (tile_row >= queries) return;  // of a packed sequence shorter than others
   const float* const from = query_sums<kDim>(sums, p, batch, head, row) + lane_index();

@@ -15,9 +15,10 @@ struct QuerySums {
 
   // Of a packed sequence, where the tiles start is known from where its rows do: those before it take no more than
   // this.
-  TA_HOST_DEVICE static int64_t first_tile(const AttentionProblem& p, int64_t batch, int64_t head) {
-    if (p.query_starts == nullptr) return (batch * p.heads + head) * tiles(p);
-    return head * packed_tiles(p) + p.query_starts[batch] / kRows + batch;
+  TA_HOST_DEVICE static int first_tile(const AttentionProblem& p, int batch, int head) {
+    if (p.query_starts == nullptr) return (batch * static_cast<int>(p.heads) + head) * static_cast<int>(tiles(p));
+    const int before = static_cast<int>(p.query_starts[batch]) / kRows + batch;
+    return head * static_cast<int>(packed_tiles(p)) + before;
   }
   static size_t bytes(const AttentionProblem& p, int dim) {
     const int64_t all_tiles = p.heads * (p.query_starts == nullptr ? p.batch * tiles(p) : packed_tiles(p));
