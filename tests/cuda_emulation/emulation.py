@@ -168,7 +168,7 @@ def build(check: str) -> Device:
 
 
 def strides(tensor: Tensor, keep_broadcast: bool = True) -> list[int]:
-    """A view's four strides; a dimension of size 1 gets 0, as csrc/ops/make_problem.cpp does for masks."""
+    """A view's four strides; a dimension of size 1 gets 0, as in csrc/ops/make_problem.cpp."""
     return [0 if keep_broadcast and n == 1 else s for n, s in zip(tensor.shape, tensor.stride(), strict=True)]
 
 
@@ -202,7 +202,7 @@ class Run:
         p = self.problem = AttentionProblem()
         (p.batch, p.heads, p.query_length, p.head_dim), (p.kv_heads, p.key_length) = q.shape, k.shape[1:3]
         p.value_dim, p.dtype = v.size(3), SCALAR_TYPES.index(q.dtype)
-        p.query, p.key, p.value = (view(device.put(x), x) for x in (q, k, v))
+        p.query, p.key, p.value = (view(device.put(x), x, strides(x)) for x in (q, k, v))
         p.scale = 1 / math.sqrt(p.head_dim) if options.get("scale") is None else options["scale"]
         p.softcap = options.get("softcap", 0.0)
         p.window_left = options.get("window_left", UNBOUNDED)
@@ -246,7 +246,7 @@ class Run:
         out = self.by_row(torch.empty(*self.sizes, self.problem.value_dim, dtype=self.call.query.dtype))
         logsumexp = torch.empty(self.sizes, dtype=self.real)
         pointers = device.empty(out), device.empty(logsumexp)
-        outputs = ForwardOutputs(view(pointers[0], out), pointers[1])
+        outputs = ForwardOutputs(view(pointers[0], out, strides(out)), pointers[1])
         device.check(device.lib.emulation_forward(ctypes.byref(self.problem), ctypes.byref(outputs)))
         self.out, self.logsumexp = device.get(pointers[0], out), device.get(pointers[1], logsumexp)
         return {"out": self.out, "logsumexp": self.logsumexp}
@@ -263,13 +263,13 @@ class Run:
             return pointers[name]
 
         t.deterministic = self.deterministic
-        t.out, t.grad_out = view(device.put(self.out), self.out), view(device.put(call.grad_out), call.grad_out)
+        t.out, t.grad_out = (view(device.put(x), x, strides(x)) for x in (self.out, call.grad_out))
         t.logsumexp = device.put(self.logsumexp)
         t.grad_logsumexp = device.put(self.grad_logsumexp()) if call.grad_logsumexp is not None else None
         for name in ("query", "key", "value"):
             if name in leaves:
                 grad = self.by_row(leaves[name])
-                setattr(t, f"grad_{name}", view(output(f"grad_{name}", grad), grad))
+                setattr(t, f"grad_{name}", view(output(f"grad_{name}", grad), grad, strides(grad)))
         if "attn_mask" in leaves:
             grad = torch.empty(leaves["attn_mask"].shape, dtype=self.real)
             t.grad_attn_mask = view(output("grad_attn_mask", grad), grad, strides(grad))

@@ -33,8 +33,6 @@ class PackedRun(Run):
         starts_q, starts_k, p.query_length, p.key_length = self.packed.case.starts(torch.int64)
         p.batch, p.packed_rows = self.packed.case.batch, self.packed.query.size(0)
         p.query_starts, p.key_starts = device.put(starts_q), device.put(starts_k)
-        for x in (p.query, p.key, p.value):
-            x.stride[0] = 0
 
     # The rows after the last sequence are filled by the ops layer.
 

@@ -82,12 +82,13 @@ __global__ void __launch_bounds__(kThreads)
   const int split = static_cast<int>(index % partials.splits);
   index /= partials.splits;
   const int64_t kv_head = index % p.kv_heads, batch = index / p.kv_heads;
-  const int64_t queries = p.queries_of(batch), keys = p.keys_of(batch), packed_count = p.group_size() * queries;
+  const int64_t queries = p.queries_of(batch), packed_count = p.group_size() * queries;
   if (first_packed >= packed_count) return;  // of a packed sequence shorter than others
   const int lane = lane_index(), warp = warp_index();
 
   const PackedRow place[2] = {{p, kv_head, first_packed + lane / 4}, {p, kv_head, first_packed + lane / 4 + 8}};
   const HeadScore<float> score[2] = {{p, batch, place[0].head}, {p, batch, place[1].head}};
+  const int64_t keys = score[0].band.key_length;  // what lies behind is not read: see forward.cuh
   const KeyRows<T> key(p.key, batch, kv_head, keys, p.head_dim, p.first_key(batch));
   const KeyRows<T> value(p.value, batch, kv_head, keys, p.value_dim, p.first_key(batch));
 

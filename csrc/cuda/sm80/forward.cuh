@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t row = (tiles - 1 - index % tiles) * Shape::kRows;  // the longest rows of a causal mask first
   index /= tiles;
   const int64_t head = index % p.heads, batch = index / p.heads;
-  const int64_t queries = p.queries_of(batch), keys = p.keys_of(batch);
+  const int64_t queries = p.queries_of(batch);
   if (row >= queries) return;  // of a packed sequence shorter than others
   const int64_t row_end = row + Shape::kRows < queries ? row + Shape::kRows : queries;
   const int lane = lane_index(), warp_row = 16 * kM * warp_index();
@@ -47,6 +47,8 @@ __global__ void __launch_bounds__(kThreads)
   const HeadScore<float> score(p, batch, head);
   const int64_t kv_head = head / p.group_size();
   const Rows<T> query(p.query, batch, head, queries, p.head_dim, p.first_query(batch));
+  // What lies behind the last key is not read: in a paged cache, neither rows nor pages need be valid there.
+  const int64_t keys = score.band.key_length;
   const KeyRows<T> key(p.key, batch, kv_head, keys, p.head_dim, p.first_key(batch));
   const KeyRows<T> value(p.value, batch, kv_head, keys, p.value_dim, p.first_key(batch));
 
