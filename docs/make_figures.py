@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/maps.md and docs/semantics.md into docs/images; trains small models for it (three minutes).
+"""Draws the pictures of docs/maps.md and docs/semantics.md into docs/images; trains small models (three minutes).
 
     .venv/bin/python docs/make_figures.py [name ...]
 

@@ -232,6 +232,10 @@ class _Watch(TorchDispatchMode):
         repeated = torch._C._current_graph_task_id() != -1
         if func in _LOGSUMEXP and self._running and not repeated:
             layer = self._names[self._running[-1]]
+            if kwargs.get("cu_seqlens_q") is not None or kwargs.get("block_table") is not None:
+                raise RuntimeError(
+                    f"record_attention does not record packed sequences or paged caches, as in {layer!r}."
+                )
             place = self.seen.setdefault(layer, len(self.seen))
             if self._chosen(layer, place):
                 query, key = args[0].detach(), args[1].detach()

@@ -48,11 +48,12 @@ TA_INLINE Rows<Real> padded_rows(const TensorView& view, int64_t batch, int64_t 
 template <class Real>
 TA_INLINE Rows<Real> key_value_rows(const TensorView& view, int64_t batch, int64_t head, int64_t row, int64_t rows,
                                     int64_t columns, bool few_queries, Real* scratch) {
-  const char* first = element(view, batch, head, row);
-  if (view.dtype == kStoredAs<Real> && (few_queries || view.stride[2] == columns)) {
-    return {reinterpret_cast<const Real*>(first), view.stride[2]};
+  if (view.dtype == kStoredAs<Real> && (few_queries || view.stride[2] == columns) && is_one_run(view, row, rows)) {
+    return {reinterpret_cast<const Real*>(element(view, batch, head, row)), view.stride[2]};
   }
-  load_rows(scratch, columns, view, first, rows, columns);
+  for_each_run(view, batch, head, row, rows, [&](const char* first, int64_t i, int64_t count) TA_INLINE_LAMBDA {
+    load_rows(scratch + i * columns, columns, view, first, count, columns);
+  });
   return {scratch, columns};
 }
 

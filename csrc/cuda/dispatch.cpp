@@ -54,7 +54,7 @@ std::vector<TierAnswer> answers(const Call& call) {
 // Rounded up, so that what follows them is aligned.
 size_t statistics_bytes(const AttentionProblem& p) {
   constexpr size_t kArrays = 3, kAlignment = 128;  // see RowStatistics
-  const size_t rows = static_cast<size_t>(p.batch * p.heads * p.query_length);
+  const size_t rows = static_cast<size_t>(p.all_rows());
   const size_t bytes = kArrays * rows * (p.dtype == ScalarType::kFloat64 ? sizeof(double) : sizeof(float));
   return (bytes + kAlignment - 1) / kAlignment * kAlignment;
 }

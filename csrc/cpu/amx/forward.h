@@ -243,7 +243,7 @@ struct AmxForward {
       store(block.sum + i, Softmax::inverse_sum(sum));
     }
     float* logsumexp =
-        static_cast<float*>(outputs.logsumexp) + (block.batch * p.heads + block.head) * p.query_length + block.row;
+        static_cast<float*>(outputs.logsumexp) + p.first_row(block.batch, block.head) + block.row;
     __builtin_memcpy(logsumexp, block.maximum, block.rows * sizeof(float));
     for (int64_t offset = 0; offset < block.lanes; offset += kAmxLanes) {
       store_panel(outputs.out, block.batch, block.head, block.row + offset, smaller(kAmxLanes, block.rows - offset),

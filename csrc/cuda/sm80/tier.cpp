@@ -98,6 +98,8 @@ std::string refusal(const Call& call) {
            std::to_string(256 / element_bytes(p));
   if (!is_aligned(p.query, piece) || !is_aligned(p.key, piece) || !is_aligned(p.value, piece))
     return "query, key and value must start at, and have strides of, multiples of 16 bytes";
+  if (p.key.pages != nullptr && (p.key.page_rows & (p.key.page_rows - 1)) != 0)
+    return "the blocks of a paged cache must have a power of two of rows";
   if (const BackwardTensors* t = call.backward) {
     if (!is_aligned(t->grad_out, piece) || !is_aligned(t->grad_query, piece) || !is_aligned(t->grad_key, piece) ||
         !is_aligned(t->grad_value, piece))

@@ -91,7 +91,7 @@ MapBackwardResult attention_statistics_backward(const StatisticsBackwardArgument
   if (is_defined(a.grad_column_sum)) w = w + a.grad_column_sum->unsqueeze(-2);
   if (is_defined(a.grad_max_weight)) w = add_at(w, a.argmax->unsqueeze(-1), per_row(a.grad_max_weight));
   if (is_defined(a.grad_top_weights)) w = add_at(w, *a.top_indices, *a.grad_top_weights);
-  return backward_of(weights, w, a.grad_logsumexp, a.options.options(), a.output_mask);
+  return backward_of(weights, w, a.grad_logsumexp, {a.options.options()}, a.output_mask);
 }
 
 WeightsResult attention_weights_forward(const WeightsArguments& a) {
@@ -113,7 +113,7 @@ MapBackwardResult attention_weights_backward(const WeightsBackwardArguments& a) 
   const Weights weights = compute_weights(a.forward().forward(), Tensor(), a.selected);
   Tensor w = a.grad_weights.to(weights.weights.scalar_type());
   if (a.mean) w = (w / c10::Scalar(weights.sizes.heads)).unsqueeze(1).expand_symint(weights.weights.sym_sizes());
-  return backward_of(weights, w, std::nullopt, a.options.options(), a.output_mask);
+  return backward_of(weights, w, std::nullopt, {a.options.options()}, a.output_mask);
 }
 
 TORCH_LIBRARY_IMPL(torch_attn, CompositeExplicitAutograd, m) {
