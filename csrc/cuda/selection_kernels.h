@@ -11,6 +11,8 @@ namespace torch_attn::cuda {
 size_t select_keys_workspace_bytes(const AttentionProblem& problem, const Selection& selection);
 void select_keys(const AttentionProblem& problem, const Selection& selection, const SelectionOutputs& outputs,
                  void* workspace, const Stream& stream);
+// As forward_tiers. The backward pass is simt's.
+std::vector<TierAnswer> select_keys_tiers(const AttentionProblem& problem, const DeviceFacts& device);
 
 size_t select_keys_backward_workspace_bytes(const AttentionProblem& problem);
 void select_keys_backward(const AttentionProblem& problem, const SelectionBackwardTensors& tensors, void* workspace,

@@ -13,9 +13,4 @@ void row_statistics(const AttentionProblem&, const BackwardTensors&, void* works
 template <class T>
 void slope_gradient(const AttentionProblem&, const BackwardTensors&, void* workspace, const Stream&);
 
-namespace simt {
-template <class T>
-void mask_gradient(const AttentionProblem&, const BackwardTensors&, void* workspace, const Stream&);
-}
-
 }  // namespace torch_attn::cuda
