@@ -106,8 +106,7 @@ size_t backward_workspace_bytes(const AttentionProblem& p, const BackwardTensors
 void attention_backward(const AttentionProblem& p, const BackwardTensors& t, void* workspace, const Stream& stream) {
   set_device(stream.device);
   const Choice choice = choose({p, &t, device_facts(stream.device)});
-  with_type(p.dtype,
-            [&](auto tag) { backward_by<typename decltype(tag)::Type>(choice, p, t, workspace, stream); });
+  with_type(p.dtype, [&](auto tag) { backward_by<typename decltype(tag)::Type>(choice, p, t, workspace, stream); });
 }
 
 std::vector<TierAnswer> forward_tiers(const AttentionProblem& p, const DeviceFacts& device) {

@@ -17,7 +17,7 @@ std::string sm80_refusal(const AttentionProblem& p, const BackwardTensors* t, co
   if (std::string why = sm80::refusal_of_type(p, device); !why.empty()) return why;
   const int piece = sm80::piece(p);
   if (p.head_dim % piece || p.head_dim == 0) return "head_dim must be a multiple of " + std::to_string(piece);
-  const int64_t widest = (sm80::has_small_shared_memory(device) && t ? 256 : 512) / sm80::element_bytes(p);
+  const int64_t widest = 512 / sm80::element_bytes(p);  // three tiles of such rows fit into any GPU's shared memory
   if (p.head_dim > widest) return "head_dim must be at most " + std::to_string(widest);
   if (!sm80::is_aligned(p.query, piece) || !sm80::is_aligned(p.key, piece))
     return "query and key must start at, and have strides of, multiples of 16 bytes";

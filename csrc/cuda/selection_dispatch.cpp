@@ -13,7 +13,7 @@ namespace {
 
 // select_keys on tensor cores. Its backward pass is simt's alone.
 std::string sm80_refusal(const AttentionProblem& p, const DeviceFacts& device) {
-  if (p.dtype == ScalarType::kFloat32) return "it takes float16 and bfloat16";
+  if (!sm80::is_16bit(p)) return "it takes float16 and bfloat16";
   if (std::string why = sm80::refusal_of_type(p, device); !why.empty()) return why;
   const int piece = sm80::piece(p);
   if (p.head_dim % piece || p.head_dim == 0 || p.head_dim > 128) return "head_dim must be a multiple of 8, at most 128";
@@ -52,9 +52,7 @@ void select_keys(const AttentionProblem& p, const Selection& selection, const Se
   });
 }
 
-size_t select_keys_backward_workspace_bytes(const AttentionProblem& p) {
-  return bytes_of_rows(p, kRowStatistics);
-}
+size_t select_keys_backward_workspace_bytes(const AttentionProblem& p) { return bytes_of_rows(p, kRowStatistics); }
 
 void select_keys_backward(const AttentionProblem& p, const SelectionBackwardTensors& t, void* workspace,
                           const Stream& stream) {

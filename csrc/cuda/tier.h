@@ -35,8 +35,8 @@ struct Tier {
                         const Stream&);
 };
 
-// Of the families of kernels that sm80 has for some calls and simt for all, given why sm80 refuses a call (empty: it does
-// not): each tier's answer, and whether sm80 serves it. The latter throws where a forced tier refuses.
+// Of the families of kernels that sm80 has for some calls and simt for all, given why sm80 refuses a call (empty: it
+// does not): each tier's answer, and whether sm80 serves it. The latter throws where a forced tier refuses.
 std::vector<TierAnswer> answers_of_both(const std::string& sm80_refusal);
 bool is_served_by_sm80(const std::string& sm80_refusal);
 

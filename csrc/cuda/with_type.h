@@ -1,4 +1,5 @@
-// From a call's dtype to the kernels' element type. Included by the files that choose a kernel. Plain C++: no CUDA header.
+// From a call's dtype to the kernels' element type. Included by the files that choose a kernel. Plain C++: no CUDA
+// header.
 #pragma once
 
 #include <stdexcept>

@@ -55,12 +55,6 @@ void run_mask_gradient(const AttentionProblem& p, const BackwardTensors& t, void
 
 }  // namespace
 
-const Tier kTier = {"simt",
-                    plan,
-                    run_forward,
-                    run_query_gradient,
-                    run_key_value_gradient,
-                    run_mask_gradient,
-                    nullptr};
+const Tier kTier = {"simt", plan, run_forward, run_query_gradient, run_key_value_gradient, run_mask_gradient, nullptr};
 
 }  // namespace torch_attn::cuda::simt

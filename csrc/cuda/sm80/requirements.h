@@ -20,12 +20,6 @@ inline bool is_aligned(const TensorView& view, int piece) {
   return aligned;
 }
 
-// sm_86, sm_89 and sm_12x have 99 KiB of shared memory in a block; some kernels with the widest rows need more.
-inline bool has_small_shared_memory(const DeviceFacts& device) {
-  const int sm = device.compute_capability;
-  return sm == 86 || sm == 89 || sm / 10 == 12;
-}
-
 // Why GPU or dtype rule a call out; empty: they do not.
 inline std::string refusal_of_type(const AttentionProblem& p, const DeviceFacts& device) {
   const bool is_float32 = p.dtype == ScalarType::kFloat32;

@@ -69,6 +69,11 @@ const FusedVariant* fused_variant_for(const AttentionProblem& p) {
   return nullptr;
 }
 
+// sm_86, sm_89 and sm_12x have 99 KiB of shared memory in a block; kernels with the widest rows need more.
+bool has_small_shared_memory(const Call& call) {
+  const int sm = call.device.compute_capability;
+  return sm == 86 || sm == 89 || sm / 10 == 12;
+}
 bool has_wide_rows(const AttentionProblem& p) { return variant_for(p, false)->dim * element_bytes(p) > 256; }
 
 std::string refusal(const Call& call) {
@@ -80,7 +85,7 @@ std::string refusal(const Call& call) {
     return "head_dim and value_dim must be multiples of " + std::to_string(piece);
   if (!variant_for(p, false))
     return std::string("head_dim and value_dim must be at most ") + (is_float32 ? "128 in TF32" : "256");
-  if (call.backward && has_small_shared_memory(call.device) && has_wide_rows(p))
+  if (call.backward && has_small_shared_memory(call) && has_wide_rows(p))
     return "this GPU's shared memory is too small for gradients of head dimensions above " +
            std::to_string(256 / element_bytes(p));
   if (!is_aligned(p.query, piece) || !is_aligned(p.key, piece) || !is_aligned(p.value, piece))
@@ -96,7 +101,7 @@ std::string refusal(const Call& call) {
 // 0: one block has all keys of its rows.
 int splits_for(const Call& call) {
   const bool wide = has_wide_rows(call.problem);
-  if (wide && has_small_shared_memory(call.device)) return 0;
+  if (wide && has_small_shared_memory(call)) return 0;
   return key_splits(call.problem, call.device.multiprocessors * (wide ? 1 : 2));
 }
 
@@ -107,7 +112,7 @@ bool is_fused(const Call& call) {
   if (t.deterministic || !t.grad_query.defined() || t.grad_alibi_slopes) return false;
   if (!t.grad_key.defined() && !t.grad_value.defined()) return false;
   const FusedVariant* variant = fused_variant_for(p);
-  if (!variant || (variant->dim > 64 && has_small_shared_memory(call.device))) return false;
+  if (!variant || (variant->dim > 64 && has_small_shared_memory(call))) return false;
   return is_fused_faster(p, call.device.multiprocessors);
 }
 
@@ -164,12 +169,7 @@ void run_mask_gradient(const AttentionProblem& p, const BackwardTensors& t, void
 
 }  // namespace
 
-const Tier kTier = {"sm80",
-                    plan,
-                    run_forward,
-                    run_query_gradient,
-                    run_key_value_gradient,
-                    run_mask_gradient,
+const Tier kTier = {"sm80",           plan, run_forward, run_query_gradient, run_key_value_gradient, run_mask_gradient,
                     run_all_gradients};
 
 }  // namespace torch_attn::cuda::sm80
