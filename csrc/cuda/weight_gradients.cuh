@@ -5,7 +5,8 @@
 
 namespace torch_attn::cuda {
 
-// d loss / d P of one head, term by term (see MapBackwardTensors): for kCount keys of a row, key_of(n).
+// d loss / d P of one head, term by term (see MapBackwardTensors): for kCount keys of a row,
+// keys.first + keys.offset(n).
 template <class T>
 struct WeightGradients {
   using Real = Accumulator<T>;
@@ -30,9 +31,9 @@ struct WeightGradients {
   }
 
   // Sets `gradient` to the terms whose sums over the row the caller knows.
-  template <int kCount, class KeyOf>
+  template <int kCount, class Keys>
   TA_DEVICE void known(Real (&gradient)[kCount], const MapScore<Real>& score, const BackwardRow<Real>& stats,
-                       int64_t row, const KeyOf& key_of, const Real (&scores)[kCount]) const {
+                       int64_t row, const Keys& at, const Real (&scores)[kCount]) const {
 #pragma unroll
     for (int n = 0; n < kCount; ++n) gradient[n] = 0;
     if (row >= rows) return;
@@ -43,27 +44,30 @@ struct WeightGradients {
       };
       const RowGradients<Math<Real>> gradients{number(t.entropy), number(t.mean_distance), number(t.window_mass)};
       const Real log_scale = stats.scale == 1 ? Real(0) : Math<Real>::log(stats.scale);
+      const Real to_first = static_cast<Real>(at.first - score.band.position(row));
 #pragma unroll
       for (int n = 0; n < kCount; ++n)
-        gradient[n] = gradients.at(scores[n] - stats.logsumexp + log_scale, score.distance(row, key_of(n)),
-                                   static_cast<Real>(t.mass_window));
+        gradient[n] =
+            gradients.at(scores[n] - stats.logsumexp + log_scale,
+                         Math<Real>::abs(to_first + static_cast<Real>(at.offset(n))), static_cast<Real>(t.mass_window));
     }
     for (int64_t c = 0; c < t.chosen; ++c) {
-      const int64_t chosen = t.chosen_keys[place * t.chosen + c];
+      const int64_t key = t.chosen_keys[place * t.chosen + c];
+      const int64_t chosen = key < 0 ? -1 : key - at.first;
       const Real weight = static_cast<const Real*>(t.chosen_weights)[place * t.chosen + c];
 #pragma unroll
       for (int n = 0; n < kCount; ++n)
-        if (chosen == key_of(n)) gradient[n] += weight;
+        if (chosen == at.offset(n)) gradient[n] += weight;
     }
   }
 
   // Adds the others to it.
-  template <int kCount, class KeyOf>
-  TA_DEVICE void add_unknown(Real (&gradient)[kCount], int64_t row, const KeyOf& key_of) const {
+  template <int kCount, class Keys>
+  TA_DEVICE void add_unknown(Real (&gradient)[kCount], int64_t row, const Keys& at) const {
     if (row >= rows) return;
 #pragma unroll
     for (int n = 0; n < kCount; ++n) {
-      const int64_t k = key_of(n);
+      const int64_t k = at.first + at.offset(n);
       if (k >= keys) continue;
       if (columns) gradient[n] += columns[k];
       if (dense) gradient[n] += load(dense + row * t.weights.stride[2] + k) * dense_factor;
@@ -71,11 +75,11 @@ struct WeightGradients {
   }
 
   // d loss / d score, from the scores.
-  template <int kCount, class KeyOf>
+  template <int kCount, class Keys>
   TA_DEVICE void of_scores(Real (&gradient)[kCount], const MapScore<Real>& score, const BackwardRow<Real>& stats,
-                           int64_t row, const KeyOf& key_of, const Real (&scores)[kCount]) const {
-    known(gradient, score, stats, row, key_of, scores);
-    if (columns || dense) add_unknown(gradient, row, key_of);
+                           int64_t row, const Keys& at, const Real (&scores)[kCount]) const {
+    known(gradient, score, stats, row, at, scores);
+    if (columns || dense) add_unknown(gradient, row, at);
 #pragma unroll
     for (int n = 0; n < kCount; ++n) gradient[n] = stats.weight(scores[n]) * (gradient[n] - stats.delta);
   }

@@ -93,7 +93,6 @@ class Device:
         self.lib.emulation_configure.argtypes = [c_uint64, c_int, c_int, c_int]
         self.lib.emulation_keep_mask.argtypes = [POINTER(AttentionProblem), c_void_p]
         self.lib.emulation_error.restype = c_char_p
-        self.lib.emulation_tiers.restype = c_char_p
         self.lib.emulation_faulty_kernel_name.restype = c_char_p
         sizes = (c_size_t * 4)()
         self.lib.emulation_structure_sizes(sizes)
@@ -225,8 +224,12 @@ class Run:
         return self.answers(None)
 
     def answers(self, backward: BackwardTensors | None) -> dict[str, str]:
+        return self.answers_of(self.device.lib.emulation_tiers, backward)
+
+    def answers_of(self, function: Any, backward: BackwardTensors | None) -> dict[str, str]:
         pointer = None if backward is None else ctypes.byref(backward)
-        text = self.device.lib.emulation_tiers(ctypes.byref(self.problem), pointer).decode()
+        function.restype = c_char_p
+        text = function(ctypes.byref(self.problem), pointer).decode()
         return dict(line.split(": ", 1) for line in text.splitlines())
 
     def forward(self) -> dict[str, Tensor]:

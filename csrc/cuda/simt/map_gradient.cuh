@@ -14,7 +14,7 @@ namespace torch_attn::cuda::simt {
 struct KeysOfRow {
   int64_t first;
   int step;
-  TA_DEVICE int64_t operator()(int n) const { return first + step * n; }
+  TA_DEVICE int offset(int n) const { return step * n; }
 };
 
 // One block per 64 rows: the rest of delta.

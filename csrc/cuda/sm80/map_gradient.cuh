@@ -9,6 +9,9 @@
 
 namespace torch_attn::cuda::sm80 {
 
+// Chunks of columns of a gradient that a block computes: their accumulators take 32 registers each.
+constexpr int kChunks = 2;
+
 // What every block of 64 query rows starts from.
 template <class T>
 struct RowBlock {
@@ -30,15 +33,15 @@ struct RowBlock {
   }
 };
 
-// The keys of a lane in a row of a tile that starts at `first`.
+// A lane's keys in a row of a tile that starts at `first`.
 struct LaneKeys {
   int64_t first;
-  TA_DEVICE int64_t operator()(int i) const { return first + column_of_lane(i); }
+  TA_DEVICE static int offset(int i) { return column_of_lane(i); }
 };
 // Its two keys in a tile whose rows are keys.
 struct LaneKeyRows {
   int64_t first;
-  TA_DEVICE int64_t operator()(int half) const { return first + 8 * half; }
+  TA_DEVICE static int offset(int half) { return 8 * half; }
 };
 
 // The part of delta that the caller does not know; see MapBackwardTensors.
@@ -97,7 +100,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // Adds to result[c] the product of x with chunk (first chunk + c) of b's columns.
-template <int kChunks, class T>
+template <class T>
 TA_DEVICE void multiply_columns_of(float (&result)[kChunks][1][kMapGroups][4], const MapAccumulators& x,
                                    const ChunkedTile<T>& b, int first_chunk) {
 #pragma unroll
@@ -106,7 +109,7 @@ TA_DEVICE void multiply_columns_of(float (&result)[kChunks][1][kMapGroups][4], c
 }
 
 // The block's result to a gradient, through the warp's rows of a tile that is read no more.
-template <int kChunks, class T>
+template <class T>
 TA_DEVICE void store_columns(const Rows<T>& to, int64_t row, int first_chunk,
                              const float (&result)[kChunks][1][kMapGroups][4], const ChunkedTile<T>& tile) {
   const float one[1][2] = {{1.0f, 1.0f}};
@@ -119,7 +122,7 @@ TA_DEVICE void store_columns(const Rows<T>& to, int64_t row, int first_chunk,
 }
 
 // One block per 64 query rows and kChunks · 64 columns of the gradient.
-template <class T, int kChunks>
+template <class T>
 __global__ void __launch_bounds__(kThreads)
     map_query_gradient_kernel(const __grid_constant__ AttentionProblem p, const __grid_constant__ MapBackwardTensors t,
                               const RowStatistics<float> statistics) {
@@ -158,11 +161,12 @@ __global__ void __launch_bounds__(kThreads)
       float scores[kMapLaneKeys], gradient[kMapLaneKeys];
       scores_of_row(scores, x, half, score, row + r, first, tested);
       source.of_scores(gradient, score, rows[r], row + r, LaneKeys{first}, scores);
+      const float to_first = static_cast<float>(first - score.band.position(row + r));
 #pragma unroll
       for (int i = 0; i < kMapLaneKeys; ++i) {
         float& element = x[0][i / 2][2 * half + i % 2];  // capped
         if (t.grad_alibi_slopes)
-          grad_slope[half] += gradient[i] * score.alibi_derivative(row + r, first + column_of_lane(i));
+          grad_slope[half] -= gradient[i] * fabsf(to_first + static_cast<float>(column_of_lane(i)));
         element = gradient[i] * score.mod.capped_derivative(element);
       }
     }
@@ -184,7 +188,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // One block per 64 keys of a key/value head and kChunks · 64 columns of the gradient, through the rows of all query
 // heads that read it. Tiles are transposed, rows are keys.
-template <class T, int kChunks>
+template <class T>
 __global__ void __launch_bounds__(kThreads)
     map_key_gradient_kernel(const __grid_constant__ AttentionProblem p, const __grid_constant__ MapBackwardTensors t,
                             const RowStatistics<float> statistics) {
@@ -224,19 +228,16 @@ __global__ void __launch_bounds__(kThreads)
 
     MapAccumulators x = {};
     multiply_chunks(x, key_tile, warp_row, query_tile);
-    const RowsOfKeys attending(score, lane_key, row, !score.unmasked(row, row_end, first, first + kMapTile));
+    const bool tested = !score.unmasked(row, row_end, first, first + kMapTile);
+    float scores[2][kMapLaneKeys];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) scores_of_key(scores[half], x, half, score, lane_key + 8 * half, row, tested);
 #pragma unroll
     for (int i = 0; i < kMapLaneKeys; ++i) {
       const int r = column_of_lane(i);
-      float scores[2], gradient[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float& element = x[0][i / 2][2 * half + i % 2];
-        const int64_t k = lane_key + 8 * half;
-        element = score.mod.capped(element);
-        scores[half] = full_score(score, element, row + r, k, attending.contain(score, half, k, row, r));
-      }
-      source.of_scores(gradient, score, rows[r], row + r, LaneKeyRows{lane_key}, scores);
+      const float of_keys[2] = {scores[0][i], scores[1][i]};
+      float gradient[2];
+      source.of_scores(gradient, score, rows[r], row + r, LaneKeyRows{lane_key}, of_keys);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float& element = x[0][i / 2][2 * half + i % 2];
@@ -254,26 +255,22 @@ void map_row_terms(const AttentionProblem& p, const MapBackwardTensors& t, void*
          chunked_bytes<T>(p.head_dim, 2), stream, p, t, RowStatistics<float>(p, workspace));
 }
 
-// Blocks of one gradient, for so many chunks a block, of tiles of rows in so many heads.
-inline int64_t gradient_blocks(const AttentionProblem& p, int64_t heads, int64_t length, int chunks) {
-  const int64_t columns = chunks * kChunkColumns;
-  return p.batch * heads * map_tiles(length) * ((p.head_dim + columns - 1) / columns);
+// Blocks of one gradient, of tiles of rows in so many heads.
+inline int64_t gradient_blocks(const AttentionProblem& p, int64_t heads, int64_t length) {
+  constexpr int64_t kColumns = kChunks * kChunkColumns;
+  return p.batch * heads * map_tiles(length) * ((p.head_dim + kColumns - 1) / kColumns);
 }
 
 template <class T>
 void map_query_gradient(const AttentionProblem& p, const MapBackwardTensors& t, void* workspace, const Stream& stream) {
-  const int chunks = p.head_dim <= kChunkColumns ? 1 : 2;
-  launch(chunks == 1 ? map_query_gradient_kernel<T, 1> : map_query_gradient_kernel<T, 2>,
-         gradient_blocks(p, p.heads, p.query_length, chunks), kThreads, chunked_bytes<T>(p.head_dim, 3), stream, p, t,
-         RowStatistics<float>(p, workspace));
+  launch(map_query_gradient_kernel<T>, gradient_blocks(p, p.heads, p.query_length), kThreads,
+         chunked_bytes<T>(p.head_dim, 3), stream, p, t, RowStatistics<float>(p, workspace));
 }
 
 template <class T>
 void map_key_gradient(const AttentionProblem& p, const MapBackwardTensors& t, void* workspace, const Stream& stream) {
-  const int chunks = p.head_dim <= kChunkColumns ? 1 : 2;
-  launch(chunks == 1 ? map_key_gradient_kernel<T, 1> : map_key_gradient_kernel<T, 2>,
-         gradient_blocks(p, p.kv_heads, p.key_length, chunks), kThreads, chunked_bytes<T>(p.head_dim, 3), stream, p, t,
-         RowStatistics<float>(p, workspace));
+  launch(map_key_gradient_kernel<T>, gradient_blocks(p, p.kv_heads, p.key_length), kThreads,
+         chunked_bytes<T>(p.head_dim, 3), stream, p, t, RowStatistics<float>(p, workspace));
 }
 
 }  // namespace torch_attn::cuda::sm80

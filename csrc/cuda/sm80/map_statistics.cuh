@@ -24,7 +24,7 @@ TA_DEVICE int row_min(int x) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     map_statistics_kernel(const __grid_constant__ AttentionProblem p, const __grid_constant__ StatisticsOutputs out,
                           float* weight_scale) {
   using M = FastMath;
@@ -169,18 +169,15 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t row_end = row + kMapTile < p.query_length ? row + kMapTile : p.query_length;
     const bool tested = !score.unmasked(row, row_end, first, first + kMapTile);
     const WeightRows<float> rows(p, out.logsumexp, weight_scale, score.batch_head, row);
-    const RowsOfKeys attending(score, first + tile_key, row, tested);
-    float of_tile[2] = {};  // apart, so that a long sum loses fewer digits
+    float scores[2][kMapLaneKeys], of_tile[2] = {};  // apart, so that a long sum loses fewer digits
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      scores_of_key(scores[half], x, half, score, first + tile_key + 8 * half, row, tested);
 #pragma unroll
     for (int i = 0; i < kMapLaneKeys; ++i) {
-      const int r = column_of_lane(i);
-      const BackwardRow<float> stats = rows[r];
+      const BackwardRow<float> stats = rows[column_of_lane(i)];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int64_t k = first + tile_key + 8 * half;
-        of_tile[half] += stats.weight(full_score(score, score.mod.capped(x[0][i / 2][2 * half + i % 2]), row + r, k,
-                                                 attending.contain(score, half, k, row, r)));
-      }
+      for (int half = 0; half < 2; ++half) of_tile[half] += stats.weight(scores[half][i]);
     }
     sum[0] += of_tile[0];
     sum[1] += of_tile[1];

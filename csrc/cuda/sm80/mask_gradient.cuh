@@ -70,21 +70,20 @@ __global__ void __launch_bounds__(kThreads)
                          Rows<T>(p.value, batch, kv_head, p.key_length, p.value_dim), first);
         const BackwardRows<float> tile_rows(p, t, statistics, score.batch_head, row);
         const BackwardRow<float> rows[2] = {tile_rows[warp_row + lane / 4], tile_rows[warp_row + lane / 4 + 8]};
-        TileRange attended[2];
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-          attended[half] = TileRange::keys_of_row(score, row + warp_row + lane / 4 + 8 * half, first, kMaskTile);
+        for (int half = 0; half < 2; ++half) {
+          float scores[kMapLaneKeys];
+          scores_of_row(scores, x, half, score, row + warp_row + lane / 4 + 8 * half, first, true);
+#pragma unroll
+          for (int j = 0; j < kMapLaneKeys; ++j) x[0][j / 2][2 * half + j % 2] = rows[half].weight(scores[j]);
+        }
 #pragma unroll
         for (int n = 0; n < kMapGroups; ++n) {
           uint32_t kept = ~0u;
           if (score.dropout_on) kept = kept_of_query_rows(score, row + warp_row, first + 8 * n);
 #pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const int half = e / 2, k = 8 * n + 2 * (lane % 4) + e % 2;
-            const float s = full_score(score, score.mod.capped(x[0][n][e]), row + warp_row + lane / 4 + 8 * half,
-                                       first + k, attended[half].contains(k));
-            sum[0][n][e] += rows[half].weight(s) * (score.dropped(grad[0][n][e], kept >> e & 1) - rows[half].delta);
-          }
+          for (int e = 0; e < 4; ++e)
+            sum[0][n][e] += x[0][n][e] * (score.dropped(grad[0][n][e], kept >> e & 1) - rows[e / 2].delta);
         }
       });
   store_mask_gradient(block, t.grad_attn_mask, memory, sum);
