@@ -14,11 +14,12 @@ from torch import Tensor
 from torch_attn import reference
 
 from .cases import CASES, Case
-from .oracle import DIFFERENTIABLE_OPTIONS, RoundedProducts, largest, max_error
+from .oracle import DIFFERENTIABLE_OPTIONS, RoundedProducts, largest, max_error, rounded_to_tf32
 
 MAP_CASES = [case for case in CASES if case.name not in ("dropout", "dropout_causal_grouped")]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 Results = dict[str, Tensor]
+Rounding = Callable[[Tensor], Tensor]
 ASKED: dict[str, Any] = {"top_k": 3, "mass_window": 5}
 STATISTICS = (
     "logsumexp",
@@ -37,6 +38,11 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def accumulator_of(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def rounding_of_tensor_cores(dtype: torch.dtype) -> Rounding:
+    """How tensor cores round the operands of products that come in the dtype, float32 to TF32."""
+    return rounded_to_tf32 if dtype == torch.float32 else lambda x: x.to(dtype).float()
 
 
 def draw(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -86,7 +92,7 @@ def assert_within_precision(
     dtype: torch.dtype,
     *call: Any,
     factor: float = 4,
-    rounded: Callable[[Tensor], Tensor] | None = None,
+    rounded: Rounding | None = None,
 ) -> Results:
     """Every number is as near to float64 as ``factor`` times the reference in the accumulator type is, and a few units
     in the last place of the largest number more; what is returned in 16 bits may be rounded to these. ``rounded``: how

@@ -23,6 +23,7 @@ from ..map_oracle import (
     MAP_CASES,
     STATISTICS,
     Results,
+    Rounding,
     assert_keys_hold_the_largest_weights,
     assert_within_precision,
     draw,
@@ -30,10 +31,10 @@ from ..map_oracle import (
     exact_statistics,
     exact_weights,
     in_float64,
+    rounding_of_tensor_cores,
     statistics_cotangents,
     weights_cotangent,
 )
-from ..oracle import rounded_to_tf32
 from .emulation import Device, Fault, KernelError
 from .maps import MapRun
 from .test_kernels import needs_access_reports, random_seed
@@ -50,11 +51,9 @@ class Kind:
     def tf32(self) -> bool:
         return self.tier == "sm80" and self.dtype == torch.float32
 
-    def rounded(self) -> Callable[[Tensor], Tensor] | None:
+    def rounded(self) -> Rounding | None:
         """How the operands of their products are rounded."""
-        if self.tier != "sm80":
-            return None
-        return rounded_to_tf32 if self.tf32 else lambda x: x.to(self.dtype).float()
+        return rounding_of_tensor_cores(self.dtype) if self.tier == "sm80" else None
 
     def run(
         self, device: Device, query: Tensor, key: Tensor, options: dict[str, Any], rows: Tensor | None = None
