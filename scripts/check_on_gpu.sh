@@ -51,7 +51,7 @@ if not torch.cuda.is_available():
     raise SystemExit("this Python's torch finds no GPU")
 print("torch", torch.__version__, "on", torch.cuda.get_device_name(), torch.cuda.get_device_capability())
 CHECK
-read -r architecture gpu torch_dir < <("$PYTHON" - <<'FACTS'
+read -r architecture gpu torch_dir < <(timeout 120 "$PYTHON" - <<'FACTS'
 import pathlib, re, torch
 major, minor = torch.cuda.get_device_capability()
 print(f"{major}{minor}{'a' * (major == 9)}", re.sub(r"\W+", "_", torch.cuda.get_device_name()).lower(), pathlib.Path(torch.__file__).parent)
@@ -63,7 +63,7 @@ export PATH=$PATH:$(dirname "$CUDACXX")
 build_library() {
   cmake -S . -B build/gpu -G Ninja -DCMAKE_BUILD_TYPE=Release -DTORCH_DIR="$torch_dir" -DTORCH_ATTN_CUDA=ON \
     -DTORCH_ATTN_CUDA_ARCHS="$architecture-real" &&
-    cmake --build build/gpu --parallel "$(nproc)" && cmake --install build/gpu --prefix torch_attn &&
+    cmake --build build/gpu --parallel "$(env -u OMP_NUM_THREADS nproc)" && cmake --install build/gpu --prefix torch_attn &&
     "$PYTHON" -m torch_attn.info
 }
 export -f build_library

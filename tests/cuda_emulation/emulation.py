@@ -147,7 +147,7 @@ class Device:
 
 
 # What is compiled with AddressSanitizer where CI looks for memory errors: most kernels of both tiers once.
-SAMPLE = r"sm80/instantiate/bfloat16_64|sm80/instantiate/map_bfloat16|simt/instantiate/float32"
+SAMPLE = "faulty_kernels|sm80/instantiate/(map_bfloat16|bfloat16_64)|simt/instantiate/float32"
 
 
 def build(check: str) -> Device:
