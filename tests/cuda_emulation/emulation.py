@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import math
 import shutil
 import subprocess
@@ -150,20 +151,26 @@ class Device:
 SAMPLE = "faulty_kernels|sm80/instantiate/(map_bfloat16|bfloat16_64)|simt/instantiate/float32"
 
 
-def build(check: str) -> Device:
-    """The kernels compiled with the emulator's race check ("races") or with AddressSanitizer and UBSan ("address"; only
-    those of SAMPLE: "sample")."""
+def compiled(check: str) -> Path:
+    """The library of the kernels, compiled with the emulator's race check ("races") or with AddressSanitizer and UBSan
+    ("address"; only those of SAMPLE: "sample")."""
     folder, definitions = BUILD / check, [f"-DCHECK={check}"]
     if check == "sample":
-        build("races")
-        definitions = ["-DCHECK=address", f"-DCHECKED={SAMPLE}", f"-DOTHERS={BUILD / 'races'}"]
+        definitions = ["-DCHECK=address", f"-DCHECKED={SAMPLE}", f"-DOTHERS={compiled('races').parent}"]
     cmake = shutil.which("cmake")
     assert cmake, "the emulated CUDA kernels are built with CMake, and there is none on the PATH"
+    folder.mkdir(parents=True, exist_ok=True)
     configure = [cmake, "-S", str(HERE), "-B", str(folder), "-G", "Ninja", *definitions]
-    for command in (configure, [cmake, "--build", str(folder)]):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, f"{' '.join(command)} failed:\n{done.stdout[-8000:]}\n{done.stderr[-4000:]}"
-    return Device(folder / "libcuda_emulation.so")
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of two workers, one builds and the other waits
+        for command in (configure, [cmake, "--build", str(folder)]):
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, f"{' '.join(command)} failed:\n{done.stdout[-8000:]}\n{done.stderr[-4000:]}"
+    return folder / "libcuda_emulation.so"
+
+
+def build(check: str) -> Device:
+    return Device(compiled(check))
 
 
 def strides(tensor: Tensor, keep_broadcast: bool = True) -> list[int]:

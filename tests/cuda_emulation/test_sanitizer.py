@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from .emulation import compiled
+
 ROOT = Path(__file__).resolve().parents[2]
 # Every option, and every kernel of the instances that the build "sample" compiles with the sanitizers.
 CALLS = [
@@ -30,6 +32,7 @@ def run(code: list[str]) -> subprocess.CompletedProcess[str]:
             ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
         ).stdout.strip()
 
+    compiled("sample")  # before the sanitizer's runtime slows the compiler down, too
     environment = os.environ | {
         "TORCH_ATTN_EMULATION_CHECK": "sample",
         "ASAN_OPTIONS": "detect_leaks=0",
