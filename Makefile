@@ -21,10 +21,12 @@ build: $(VENV)/.installed
 test: lint build
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
-# The CUDA kernels in the emulator, under AddressSanitizer.
+# All tests of the emulated CUDA kernels under AddressSanitizer and UBSan; tests/cuda_emulation/test_sanitizer.py runs
+# some of them. Without libstdc++ beside it, AddressSanitizer finds no __cxa_throw.
 sanitize: build
 	TORCH_ATTN_EMULATION_CHECK=address ASAN_OPTIONS=detect_leaks=0 \
-	LD_PRELOAD=$(shell $(CXX) -print-file-name=libasan.so) $(BIN)/python -m pytest tests/cuda_emulation
+	LD_PRELOAD="$(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libstdc++.so.6)" \
+	$(BIN)/python -m pytest tests/cuda_emulation
 
 lint: $(VENV)/.requirements
 	$(BIN)/ruff check .
