@@ -36,6 +36,7 @@ class Manner:
 
 
 ACCENTS = ("en-us", "en-gb", "en-gb-x-rp", "en-gb-scotland", "en-gb-x-gbclan", "en-029")
+# The accents are the same; the speakers within them (variants), speeds and pitches are not.
 # fmt: off
 TRAIN = Manner(
     ACCENTS,
