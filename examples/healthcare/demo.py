@@ -32,14 +32,15 @@ def main() -> None:
     start = time.process_time()
 
     answers: dict[str, list[torch.Tensor]] = {"attention": [], "without attention": [], "logistic regression": []}
-    attended, missed, without = [], [], []
+    attended, summed, missed, without = [], [], [], []
     for number, fold in enumerate(tumours.folds(chosen.seed), start=1):
         test = fold.test_values, fold.test_malignant
+        seed = FOLDS * chosen.seed + number  # models that begin alike would agree about what they attend
         models = {}
         for name in ("attention", "without attention"):
-            torch.manual_seed(chosen.seed)
+            torch.manual_seed(seed)
             models[name] = FeatureModel(len(tumours.names), attends=name == "attention")
-            train(models[name], fold, chosen.seed, chosen.steps, f"fold {number} of {FOLDS}, {name:17}")
+            train(models[name], fold, seed, chosen.steps, f"fold {number} of {FOLDS}, {name:17}")
             answers[name].append(right(models[name], *test))
         regression = LogisticRegression(max_iter=1000).fit(fold.train_values.numpy(), fold.train_malignant.numpy())
         predicted = torch.from_numpy(regression.predict(fold.test_values.numpy()))
@@ -47,7 +48,8 @@ def main() -> None:
 
         model = models["attention"]
         attended.append(importance.attention_importance(model, fold.test_values))
-        missed.append(importance.permutation_importance(model, *test, chosen.seed))
+        summed.append(importance.column_sums(model, fold.test_values))
+        missed.append(importance.permutation_importance(model, *test, seed))
         # Both orders come from the rows that they are tested on, but only the second has seen the rows' answers.
         best = [order[-1].argsort(descending=True)[:TAKEN_AWAY] for order in (attended, missed)]
         anything = [torch.randperm(len(tumours.names))[:TAKEN_AWAY] for _ in range(DRAWS)]
@@ -60,15 +62,16 @@ def main() -> None:
         folds = ", ".join(f"{fold.float().mean():.1%}" for fold in kept)
         print(f"  {name:20} {accuracies[name]:6.1%}   (folds: {folds})")
 
-    attention, permutation = torch.stack(attended), torch.stack(missed)
-    together = importance.rank_correlation(attention.mean(0), permutation.mean(0))
-    print(
-        f"\nrank correlation of attention and permutation importance, {len(tumours.names)} measurements: {together:.2f}"
-    )
-    print(f"  the same measure in two folds: attention {importance.agreement(attention):.2f}, ", end="")
-    print(f"permutation {importance.agreement(permutation):.2f}")
+    attention, columns, permutation = map(torch.stack, (attended, summed, missed))
+    print(f"\nrank correlation of {len(tumours.names)} measurements' importances:")
+    print(f"  {'':24}{'with permutation importance':^30}{'between':>9}")
+    print(f"  {'':24}{'in a model':>15}{'mean of models':>15}{'models':>9}")
+    for name, found in (("class token's attention", attention), ("column sums", columns), ("permutation", permutation)):
+        in_a_model = importance.in_a_model(found, permutation)
+        of_means = importance.rank_correlation(found.mean(0), permutation.mean(0))
+        print(f"  {name:24}{in_a_model:15.2f}{of_means:15.2f}{importance.agreement(found):9.2f}")
     losses = torch.tensor(without).mean(0).tolist()
-    print(f"accuracy when {TAKEN_AWAY} measurements are replaced by their mean:")
+    print(f"accuracy when {TAKEN_AWAY} of the measurements are replaced by their mean:")
     for name, accuracy in zip(("most attended", "most missed when shuffled", "drawn at random"), losses, strict=True):
         print(f"  {name:26} {accuracy:6.1%}")
 
@@ -76,8 +79,7 @@ def main() -> None:
     with torch.no_grad():
         difference = (loaded(tumours.values) - model(tumours.values)).abs().max().item()
     print(f"\nsaved with TorchScript and loaded again: outputs differ by at most {difference:.0e}")
-    picture = chosen.out / "importance.png"
-    importance_figure.draw(attention, permutation, tumours.names, picture)
+    picture = importance_figure.draw(attention, permutation, tumours.names, chosen.out)
     print(f"attention beside permutation importance: {picture}")
     print(f"minutes of one core: {(time.process_time() - start) / 60:.1f}")
     if difference > 1e-5:

@@ -15,14 +15,30 @@ SHUFFLES = 10
 
 @torch.no_grad()
 def attention_importance(model: FeatureModel, values: Tensor) -> Tensor:
-    """(features,), which sum to 1: the attention that each feature gets from all tokens, in all heads and layers.
+    """(features,), which sum to 1: the attention that each feature gets from the class token.
 
-    That is, column sums of the maps, the mean over the tumours; what the class token gets is left out.
+    The mean over tumours, heads and layers, as in section 5.3 of Gorishniy et al. 2021; the class token's attention to
+    itself is left out.
+    """
+    with torch_attn.record_attention(model, queries=[0], reduce="mean") as record:
+        model(values)
+    return _of_features(torch.stack(record.last_maps())[:, :, 0])
+
+
+@torch.no_grad()
+def column_sums(model: FeatureModel, values: Tensor) -> Tensor:
+    """(features,), which sum to 1: the attention that each feature gets from all tokens, not the class token alone.
+
+    In the last layer only the class token is read, so that most of what is summed there changes no answer.
     """
     with torch_attn.record_attention(model, statistics=["column_sum"], reduce="mean") as record:
         model(values)
-    sums = torch.stack([kept["column_sum"][0] for kept in record.statistics.values()])  # (layers, heads, 1 + features)
-    of_features = sums.mean((0, 1))[1:]
+    return _of_features(torch.stack([kept["column_sum"][0] for kept in record.statistics.values()]))
+
+
+def _of_features(x: Tensor) -> Tensor:
+    """(layers, heads, 1 + features), the class token first, to shares of the features."""
+    of_features = x.mean((0, 1))[1:]
     return of_features / of_features.sum()
 
 
@@ -54,6 +70,11 @@ def rank_correlation(x: Tensor, y: Tensor) -> float:
     """Spearman's, of two vectors without ties: the correlation of the ranks, 1 for the same order."""
     ranks = torch.stack([x.argsort().argsort(), y.argsort().argsort()]).double()
     return torch.corrcoef(ranks)[0, 1].item()
+
+
+def in_a_model(rows: Tensor, others: Tensor) -> float:
+    """The mean rank correlation of two importances found in the same model: of row i of one with row i of the other."""
+    return sum(map(rank_correlation, rows, others)) / len(rows)
 
 
 def agreement(rows: Tensor) -> float:

@@ -14,7 +14,8 @@ SAMPLES = int(SECONDS * RATE)
 WINDOW, HOP = 512, 256  # samples of a spectrogram's column, and from one to the next (12 ms)
 COLUMNS = 1 + SAMPLES // HOP
 BANDS = 40
-QUIETEST, LOUDEST = -5.0, 15.0  # decibels of the word, in its own span, above the noise
+QUIETEST, LOUDEST = 0.0, 20.0  # decibels of the word, in its own span, above the noise
+STRETCH = 0.15  # at most this much longer or shorter, so deeper or higher, is a word in training
 COLOURS = (0.0, 0.5, 1.0)  # white to pink: noise whose power falls with the frequency to this exponent
 
 
@@ -40,11 +41,11 @@ def mel_filters() -> Tensor:
 
 
 def log_mel(waves: Tensor) -> Tensor:
-    """(N, SAMPLES) -> (N, BANDS, COLUMNS), in nats; each clip has mean 0 and variance 1, whatever its loudness."""
+    """(N, SAMPLES) -> (N, BANDS, COLUMNS), less each band's mean over the clip; a clip has variance 1."""
     spectrum = torch.stft(waves, WINDOW, HOP, window=torch.hann_window(WINDOW), return_complex=True)
     x = (mel_filters() @ spectrum.abs().square() + 1e-6).log()
-    mean, deviation = x.mean((1, 2), keepdim=True), x.std((1, 2), keepdim=True)
-    return (x - mean) / deviation
+    x = x - x.mean(2, keepdim=True)
+    return x / x.std((1, 2), keepdim=True)
 
 
 def noise(count: int, generator: torch.Generator) -> Tensor:
@@ -56,13 +57,21 @@ def noise(count: int, generator: torch.Generator) -> Tensor:
     return x / x.square().mean(1, keepdim=True).sqrt()
 
 
-def make_clips(spoken: Spoken, rows: Tensor, generator: torch.Generator) -> Clips:
-    """Each of the words ``rows`` at a random place of a clip of its own, in noise of random colour and loudness."""
+def make_clips(spoken: Spoken, rows: Tensor, generator: torch.Generator, stretch: float = 0.0) -> Clips:
+    """Each of the words ``rows`` at a random place of a clip of its own, in noise of random colour and loudness.
+
+    ``stretch``: how much longer or shorter a word may be played (Ko et al. 2015, "Audio Augmentation for Speech
+    Recognition").
+    """
     decibels = QUIETEST + (LOUDEST - QUIETEST) * torch.rand(len(rows), generator=generator)
     places = torch.rand(len(rows), generator=generator)
+    lengths = 1 + stretch * (2 * torch.rand(len(rows), generator=generator) - 1)
     waves, spans = noise(len(rows), generator), torch.empty(len(rows), 2)
     for clip, row in enumerate(rows.tolist()):
         word = spoken.waves[row]
+        if stretch > 0:
+            length = int(len(word) * lengths[clip])
+            word = torch.nn.functional.interpolate(word.view(1, 1, -1), length, mode="linear").flatten()
         start = int(places[clip] * (SAMPLES - len(word)))
         power = 10 ** (decibels[clip] / 10)
         waves[clip, start : start + len(word)] += word * (power / word.square().mean()).sqrt()

@@ -30,7 +30,7 @@ def choose(clips: Clips, rows: torch.Tensor) -> Clips:
 
 
 def main() -> None:
-    chosen = options(__doc__, __file__, steps=STEPS, words=60)
+    chosen = options(__doc__, __file__, steps=STEPS, words=80)
     torch.set_num_threads(1)  # the tensors are too small to share
     start = time.process_time()
     trained_on = spoken_once(TRAIN, chosen.words, 0, "words to train ", chosen.out / "train_words.pt")
@@ -44,7 +44,7 @@ def main() -> None:
         train(models[name], trained_on, chosen.seed, chosen.steps, f"{name:15}")
     correct = {name: right(model, test) for name, model in models.items()}
 
-    print(f"\n{len(test.labels)} clips of {SECONDS:.0f} s, in voices, at speeds and pitches that training never heard:")
+    print(f"\n{len(test.labels)} clips of {SECONDS:.0f} s, of voices, speeds and pitches that training never heard:")
     print(f"  {'word above the noise by':28}{'attention':>10}{'mean of frames':>16}")
     for low in range(int(QUIETEST), int(LOUDEST), int(BAND)):
         band = (test.decibels >= low) & (test.decibels < low + BAND)
@@ -62,9 +62,8 @@ def main() -> None:
     with torch.no_grad():
         difference = (loaded(test.spectrograms) - model(test.spectrograms)).abs().max().item()
     print(f"saved with TorchScript and loaded again: logits differ by at most {difference:.0e}")
-    picture = chosen.out / "words.png"
     rows = [next(i for i, label in enumerate(test.labels.tolist()) if WORDS[label] == word) for word in DRAWN]
-    word_figure.draw(model, choose(test, torch.tensor(rows)), picture)
+    picture = word_figure.draw(model, choose(test, torch.tensor(rows)), chosen.out)
     print(f"the moments that it listens to: {picture}")
     print(f"minutes of one core: {(time.process_time() - start) / 60:.1f}")
     if difference > 1e-4:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from clips import BANDS, Clips, make_clips
+from clips import BANDS, STRETCH, Clips, make_clips
 from gallery import fit
 from torch_attn import MultiheadAttention
 from words import WORDS, Spoken
 
 BATCH_SIZE = 32
-STEPS = 600
+STEPS = 500
 LEARNING_RATE = 3e-3
 
 
@@ -47,12 +47,12 @@ class Listener(nn.Module):
 
 
 def train(model: Listener, spoken: Spoken, seed: int, steps: int = STEPS, label: str = "training") -> float:
-    """On the spoken words, each time at another place and in other noise; returns the seconds."""
+    """On the spoken words, each time at another place, in other noise and of another length; returns the seconds."""
     generator = torch.Generator().manual_seed(seed)
 
     def loss() -> Tensor:
         rows = torch.randint(len(spoken.waves), (BATCH_SIZE,), generator=generator)
-        clips = make_clips(spoken, rows, generator)
+        clips = make_clips(spoken, rows, generator, STRETCH)
         return nn.functional.cross_entropy(model(clips.spectrograms), clips.labels)
 
     return fit(model, loss, steps, LEARNING_RATE, label)

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib
 import torch
+from matplotlib.axes import Axes
 from torch import Tensor
 
 import torch_attn
 from clips import SECONDS, Clips
 from listener import Listener
+from panels import draw_panels
 from torch_attn import plot
 from words import RATE, WORDS
 
-matplotlib.use("Agg")  # draws into a file, so no screen is needed
-from matplotlib import pyplot  # noqa: E402
-
-BACKGROUND = {"light": "#ffffff", "dark": "#10131a"}
 SPAN = {"light": "#1b7f3b", "dark": "#7ddc8a"}
 
 
@@ -35,27 +32,26 @@ def inside(weights: Tensor, spans: Tensor) -> Tensor:
     return (weights * within).sum(1)
 
 
-def draw(model: Listener, clips: Clips, file: Path, style: str = "light") -> None:
-    """A spectrogram for each clip, side by side."""
-    count = len(clips.labels)
+def draw(model: Listener, clips: Clips, folder: Path) -> Path:
+    """A spectrogram for each clip, side by side; lines mark where the word begins and ends."""
     weights = frame_attention(model, clips)
-    said = model(clips.spectrograms).argmax(1)
-    figure, axes = pyplot.subplots(
-        1, count, figsize=(5.6 * count, 4), layout="constrained", facecolor=BACKGROUND[style], squeeze=False
-    )
-    for clip, axis in enumerate(axes[0]):
-        word, answer = WORDS[clips.labels[clip]], WORDS[said[clip]]
-        plot.spectrogram_overlay(
-            clips.spectrograms[clip],
-            weights[clip],
-            seconds=SECONDS,
-            title=f"“{word}”, {clips.decibels[clip]:.0f} dB above the noise; heard “{answer}”",
-            style=style,
-            ax=axis,
-        )
-        axis.set_ylabel(f"mel band (of {RATE // 2} Hz)")
-        for second in clips.spans[clip].tolist():
-            axis.axvline(second, color=SPAN[style], linewidth=1.6)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=100)
-    pyplot.close(figure)
+    with torch.no_grad():
+        said = model(clips.spectrograms).argmax(1)
+
+    def draw_each(axes: list[Axes], style: str) -> None:
+        for clip, axis in enumerate(axes):
+            word, answer = WORDS[clips.labels[clip]], WORDS[said[clip]]
+            plot.spectrogram_overlay(
+                clips.spectrograms[clip],
+                weights[clip],
+                seconds=SECONDS,
+                title=f"“{word}”, {clips.decibels[clip]:.0f} dB above the noise: heard “{answer}”",
+                style=style,
+                ax=axis,
+            )
+            axis.set_ylabel(f"mel band, up to {RATE / 2000:.0f} kHz")
+            axis.set_xlabel("time (s); the word lies between the lines")
+            for second in clips.spans[clip].tolist():
+                axis.axvline(second, color=SPAN[style], linewidth=1.6)
+
+    return draw_panels(draw_each, len(clips.labels), (5.6 * len(clips.labels), 4), folder, "speech")

@@ -1,4 +1,4 @@
-"""The spoken words: espeak-ng says ten words in many voices, speeds and pitches; half of these are for testing only.
+"""The spoken words: espeak-ng says ten words in many voices, speeds and pitches, some of which are for testing only.
 
     apt-get install espeak-ng
 
@@ -35,19 +35,24 @@ class Manner:
     pitches: tuple[int, ...]
 
 
+ACCENTS = ("en-us", "en-gb", "en-gb-x-rp", "en-gb-scotland", "en-gb-x-gbclan", "en-029")
+# The accents are the same; the speakers within them (variants), speeds and pitches are not.
+# fmt: off
 TRAIN = Manner(
-    accents=("en-us", "en-gb", "en-gb-x-rp"),
-    variants=("m1", "m3", "m4", "m7", "f1", "f3", "f5", "klatt2", "klatt4"),
+    ACCENTS,
+    variants=("m1", "m3", "m4", "m6", "m7", "f1", "f3", "f5", "klatt2", "klatt4", "Alex", "Andrea", "Denis", "Gene",
+              "Hugo", "Lee", "Marco", "Mike", "linda", "paul", "rob", "victor"),
     speeds=(140, 165, 190),
     pitches=(35, 50, 65),
 )
-# Voices, speeds and pitches are all others; one accent is new, two are not.
 TEST = Manner(
-    accents=("en-us", "en-gb", "en-gb-scotland"),
-    variants=("m2", "m5", "m6", "m8", "f2", "f4", "klatt", "klatt3"),
+    ACCENTS,
+    variants=("m2", "m5", "m8", "f2", "f4", "klatt", "klatt3", "Andy", "Annie", "Diogo", "Mario", "Michael", "robert",
+              "steph"),
     speeds=(125, 150, 180, 205),
     pitches=(28, 43, 58, 72),
 )
+# fmt: on
 
 
 @dataclass

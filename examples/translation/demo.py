@@ -47,12 +47,11 @@ def main() -> None:
     examples = [next(sentence for sentence in unseen if sentence.language == language) for language in DRAWN]
     for sentence, said in zip(examples, decode(model.translate(sources(examples))), strict=True):
         print(f"  {sentence.source}  →  {said}")
-    head = alignment_figure.find_month_head(model, unseen)
+    share, even = alignment_figure.on_the_month(alignment_figure.maps(model, unseen), unseen)
     print(
-        f"\nlayer {head.layer + 1}, head {head.head + 1}: as the English month begins, {head.share:.0%} of its ",
-        end="",
+        f"\nas the English month begins, {share:.0%} of the last layer's attention is on the source's month, ", end=""
     )
-    print(f"attention is on the source's month, which is {head.chance:.0%} of the characters")
+    print(f"which is {even:.0%} of the characters")
 
     loaded = save_scripted(model, chosen.out / "translator.pt")
     source, target = sources(unseen), targets(unseen)
@@ -61,9 +60,7 @@ def main() -> None:
         same = torch.equal(loaded.translate(source), model.translate(source))
     print(f"saved with TorchScript and loaded again: logits differ by at most {difference:.0e}, ", end="")
     print(f"{'and no translation does' if same else 'and so do translations'}")
-    picture = chosen.out / "alignment.png"
-    alignment_figure.draw(model, examples, head, picture)
-    print(f"where months meet months: {picture}")
+    print(f"where months meet months: {alignment_figure.draw(model, examples, chosen.out)}")
     print(f"minutes of one core: {(time.process_time() - start) / 60:.1f}")
     if difference > 1e-4 or not same:
         raise SystemExit("the loaded model says something else")

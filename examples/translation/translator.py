@@ -16,7 +16,7 @@ from gallery import fit
 from torch_attn import replace_mha
 
 BATCH_SIZE = 64
-STEPS = 1200
+STEPS = 600
 LEARNING_RATE = 4e-3
 
 

@@ -20,3 +20,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def assert_pictures(folder: Path, name: str) -> None:
+    """Both styles were written by common/panels.py."""
+    for style in ("light", "dark"):
+        assert (folder / f"{name}_{style}.png").read_bytes().startswith(b"\x89PNG")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import runpy
+from datetime import date
 from pathlib import Path
 
 import pytest
 import torch
 
-from alignment_figure import find_month_head, maps
+from alignment_figure import maps, on_the_month
 from dates import (
     HELD_OUT,
     LANGUAGES,
@@ -21,7 +22,7 @@ from dates import (
     targets,
 )
 from gallery import save_scripted
-from tests.examples.conftest import EXAMPLES
+from tests.examples.conftest import EXAMPLES, assert_pictures
 from translator import Translator, exact, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,7 +36,7 @@ def calendar() -> Calendar:
 def test_no_test_date_shares_year_or_day_of_the_year_with_training(calendar: Calendar) -> None:
     assert not {day.year for day in calendar.train} & {day.year for day in calendar.test}
     assert not {(day.month, day.day) for day in calendar.train} & {(day.month, day.day) for day in calendar.test}
-    every_day = 200 * 365.25
+    every_day = 800 * 365.2425
     assert len(calendar.test) == pytest.approx(HELD_OUT**2 * every_day, rel=0.1)
     assert len(calendar.train) == pytest.approx((1 - HELD_OUT) ** 2 * every_day, rel=0.1)
 
@@ -115,24 +116,25 @@ def test_one_vector_is_the_same_model_but_for_what_it_may_look_at(calendar: Cale
     assert [model.read(source)[0].size(1) for model in models] == [LONGEST_SOURCE, 1]
 
 
-def test_month_head_is_the_one_with_the_largest_share(calendar: Calendar) -> None:
+def test_attention_to_the_month_is_counted(calendar: Calendar) -> None:
+    sentences = [Sentence(date(2026, 3, 17), language) for language in ("de", "hu")]
+    assert [sentence.source for sentence in sentences] == ["Dienstag, 17. März 2026", "2026. március 17., kedd"]
+    weights = torch.zeros(2, LONGEST_TARGET, LONGEST_SOURCE)
+    weights[0, len("Tuesday, "), len("Dienstag, 17. M")] = 0.75
+    weights[1, len("Tuesday, "), len("2026.")] = 1.0  # the space before the month
+    weights[1, len("Tuesday, M"), len("2026. ")] = 1.0  # the month's second letter
+    assert on_the_month(weights, sentences) == (0.375, (4 / 23 + 7 / 23) / 2)
+
+
+def test_maps_are_the_last_layers(calendar: Calendar) -> None:
     model = Translator(dim=32, heads=2, layers=2).eval()
     sentences = calendar.test_sentences(1)
-    head = find_month_head(model, sentences)
     weights = maps(model, sentences)
-    assert weights.shape == (2, len(sentences), 2, LONGEST_TARGET, LONGEST_SOURCE)
-    torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
-    shares = [
-        sum(
-            weights[layer, number, part, sentence.month_place(in_target=True).start, sentence.month_place()].sum()
-            for number, sentence in enumerate(sentences)
-        )
-        / len(sentences)
-        for layer in range(2)
-        for part in range(2)
-    ]
-    assert head.share == pytest.approx(max(shares).item(), rel=1e-4)
-    assert shares[2 * head.layer + head.head] == max(shares)
+    assert weights.shape == (len(sentences), LONGEST_TARGET, LONGEST_SOURCE)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(len(sentences), LONGEST_TARGET))
+    before = weights.clone()
+    model.decoder.layers[-1].multihead_attn.in_proj_weight.data *= 2
+    assert not torch.equal(maps(model, sentences), before)
 
 
 def test_demo_prints_its_table_and_draws_its_figure(
@@ -146,7 +148,7 @@ def test_demo_prints_its_table_and_draws_its_figure(
     said = capsys.readouterr().out
     assert all(f"\n  {language} " in said for language in LANGUAGES.values())
     assert "and no translation does" in said
-    assert (tmp_path / "alignment.png").read_bytes().startswith(b"\x89PNG")
+    assert_pictures(tmp_path, "translation")
 
 
 def test_exactness_is_of_whole_texts(calendar: Calendar, monkeypatch: pytest.MonkeyPatch) -> None:
