@@ -22,6 +22,8 @@ from .reinforce import (  # noqa: E402
 )
 from .replace import replace_mha, restore_mha  # noqa: E402
 from .rollout import attention_rollout  # noqa: E402
+from .sdpa import patch_sdpa  # noqa: E402
+from .varlen import paged_attention, varlen_attention  # noqa: E402
 
 __all__ = [
     "AttentionRecord",
@@ -40,10 +42,13 @@ __all__ = [
     "hard_attention",
     "leave_one_out_baseline",
     "merge_attention",
+    "paged_attention",
+    "patch_sdpa",
     "plot",
     "record_attention",
     "reinforce_loss",
     "replace_mha",
     "restore_mha",
     "scaled_dot_product_attention",
+    "varlen_attention",
 ]
