@@ -195,6 +195,7 @@ for _name, _rule in {
     "attention_statistics_forward": _statistics,
     "attention_statistics_backward": _backward,
     "attention_weights_forward": _jvp,
+    "attention_with_weights_forward": _jvp,
     "attention_weights_backward": _backward,
     "select_keys": _forward,
     "select_keys_backward": _backward,

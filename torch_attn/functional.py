@@ -132,7 +132,7 @@ def attention(
         window_left, window_right: attend keys p − window_left to p + window_right; None: no bound on that side.
         causal_alignment: "top_left" puts row i at key position i, "bottom_right" at i + S − L (S: this entry's key
             length), for is_causal, windows and ALiBi alike.
-        alibi_slopes: (Hq) or (B, Hq); adds −slope · |p − key| (Press et al. 2022).
+        alibi_slopes: (Hq) or (B, Hq); adds ``−slope · |p − key|`` (Press et al. 2022).
         softcap: scores become softcap · tanh(score / softcap), before ALiBi and mask; 0: off (Gemma 2).
         sinks: (Hq), a logit per head that joins the softmax's sum and has no value (gpt-oss; Xiao et al. 2024).
         key_lengths: (B) int32 or int64; keys from key_lengths[b] on are not attended.

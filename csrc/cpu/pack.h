@@ -86,23 +86,35 @@ TA_NOINLINE void pack_panel(Real* panel, int64_t width, const Real* in, int64_t 
   }
 }
 
+// One tile of unpack_panel, as many rows and columns as a vector has lanes; or, unless kWhole, the first of them.
+template <bool kWhole, class Real>
+TA_INLINE void unpack_tile(Real* out, int64_t out_stride, const Real* panel, int64_t width, Vec<Real> multiplier,
+                           int64_t rows, int64_t columns) {
+  constexpr int n = kLanes<Real>;
+  Vec<Real> tile[n];
+#pragma GCC unroll 16
+  for (int j = 0; j < n; ++j) tile[j] = kWhole || j < columns ? load(panel + j * width) * multiplier : Vec<Real>{};
+  transpose_in_registers<Real>(tile);
+#pragma GCC unroll 16
+  for (int i = 0; i < n; ++i) {
+    if (kWhole || i < rows) store(out + i * out_stride, tile[i]);
+  }
+}
+
 // The inverse, for whole vectors of columns: out[i · out_stride + j] = panel[j · width + i] · factor[i] for i < rows.
 template <class Real>
 TA_NOINLINE void unpack_panel(Real* out, int64_t out_stride, const Real* panel, int64_t width, const Real* factor,
                               int64_t rows, int64_t columns) {
   constexpr int n = kLanes<Real>;
-  for (int64_t i0 = 0; i0 < rows; i0 += n) {
-    const Vec<Real> multiplier = load(factor + i0);
-    for (int64_t j0 = 0; j0 < columns; j0 += n) {
-      Vec<Real> tile[n];
-#pragma GCC unroll 16
-      for (int j = 0; j < n; ++j) {
-        tile[j] = j0 + j < columns ? load(panel + (j0 + j) * width + i0) * multiplier : Vec<Real>{};
-      }
-      transpose_in_registers<Real>(tile);
-#pragma GCC unroll 16
-      for (int i = 0; i < n; ++i) {
-        if (i0 + i < rows) store(out + (i0 + i) * out_stride + j0, tile[i]);
+  for (int64_t i = 0; i < rows; i += n) {
+    const Vec<Real> multiplier = load(factor + i);
+    for (int64_t j = 0; j < columns; j += n) {
+      Real* place = out + i * out_stride + j;
+      const Real* tile = panel + j * width + i;
+      if (rows - i >= n && columns - j >= n) {
+        unpack_tile<true>(place, out_stride, tile, width, multiplier, n, n);
+      } else {
+        unpack_tile<false>(place, out_stride, tile, width, multiplier, rows - i, columns - j);
       }
     }
   }

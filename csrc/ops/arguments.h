@@ -190,12 +190,13 @@ struct SelectedRows {
 // torch_attn::cuda_tiers
 struct CudaTiersArguments {
   using Types = Concatenated<Concatenated<TypeList<const Tensor&, const Tensor&, const Tensor&>, CallOptions::Types>,
-                             TypeList<bool, int64_t, int64_t>>;
+                             TypeList<bool, int64_t, int64_t, std::string_view>>;
 
   Tensor query, key, value;
   CallOptions options;
   bool backward = false;
   int64_t compute_capability = 0, multiprocessors = 0;  // 0: ask query's device
+  std::string_view operation = "attention";             // or attention_weights, attention_statistics, hard_attention
 };
 
 constexpr int64_t kRngStateSize = 3;  // see outputs.h

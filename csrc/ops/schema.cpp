@@ -106,6 +106,9 @@ TORCH_LIBRARY_FRAGMENT(torch_attn, m) {
   define("attention_weights_forward(" + kMapInputs + kScoreOptions + ", Tensor? logsumexp=None, " + kSelectedRows +
              ") -> (Tensor weights, Tensor logsumexp)",
          pure);
+  define("attention_with_weights_forward(" + kInputs + kScoreOptions +
+             ", bool mean=False) -> (Tensor out, Tensor weights, Tensor logsumexp)",
+         pure);
   define("attention_weights_backward(Tensor grad_weights, Tensor query, Tensor key, Tensor logsumexp, *, " +
              kScoreOptions + ", " + kSelectedRows + ", bool[5] output_mask)" + kMapGradients,
          pure);
@@ -155,7 +158,8 @@ TORCH_LIBRARY_FRAGMENT(torch_attn, m) {
   define("force_cpu_isa(str isa) -> ()", {});
   define("kernel_calls() -> int", {});
   // "name", how it would serve the call, why it cannot: three strings for each tier; one of the last two is empty.
-  define("cuda_tiers(" + kInputs + kOptions +
-             ", bool backward=False, int compute_capability=0, int multiprocessors=0) -> str[]",
-         {});
+  define(
+      "cuda_tiers(" + kInputs + kOptions +
+          ", bool backward=False, int compute_capability=0, int multiprocessors=0, str operation='attention') -> str[]",
+      {});
 }

@@ -144,7 +144,7 @@ typedef uint16_t HalfVec __attribute__((vector_size(64)));
 typedef uint16_t HalfVecUnaligned __attribute__((vector_size(64), aligned(2), may_alias));
 
 // out[i / 2][column][i % 2] = rows[i][column]; rows and columns are multiples of 2 and 32.
-TA_NOINLINE void pair_rows(uint16_t* out, HalfRows in, int64_t rows, int64_t columns) {
+TA_NOINLINE inline void pair_rows(uint16_t* out, HalfRows in, int64_t rows, int64_t columns) {
   HalfVec low{}, high{};
 #pragma GCC unroll 32
   for (int i = 0; i < 32; ++i) {
@@ -182,12 +182,14 @@ TA_INLINE void store_halves(uint16_t* out, Vec<float> low, Vec<float> high) {
   _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(high, low));
 }
 // Lane by lane: the bfloat16 of first next to that of second.
-TA_INLINE void store_pairs(uint16_t* out, Vec<float> first, Vec<float> second) {
+TA_INLINE __m512i pairs_of(Vec<float> first, Vec<float> second) {
   HalfVec order{};
 #pragma GCC unroll 32
   for (int i = 0; i < 32; ++i) order[i] = static_cast<uint16_t>((i & 1) * 16 + i / 2);
-  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(second, first);
-  _mm512_storeu_si512(out, _mm512_permutexvar_epi16((__m512i)order, halves));
+  return _mm512_permutexvar_epi16((__m512i)order, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+}
+TA_INLINE void store_pairs(uint16_t* out, Vec<float> first, Vec<float> second) {
+  _mm512_storeu_si512(out, pairs_of(first, second));
 }
 
 }  // namespace torch_attn::cpu::TORCH_ATTN_ISA

@@ -20,6 +20,9 @@ TA_DEVICE int64_t keys_to_read(const AttentionProblem& p, const HeadScore<float>
   return kFull && p.key.pages ? score.band.key_length : p.keys_of(batch);
 }
 
+// The lane's columns of a row of accumulators: element i is column column_of_lane(i) of the tile.
+TA_DEVICE int column_of_lane(int i) { return i / 2 * 8 + 2 * (lane_index() % 4) + i % 2; }
+
 // The keys of a row, or the rows of a key, that attend: [begin, end), counted from a tile's first and cut to [0, size).
 struct TileRange {
   int begin, end;

@@ -102,6 +102,11 @@ WeightsResult attention_weights_forward(const WeightsArguments& a) {
   return {weights.to(a.query.scalar_type()).contiguous(), w.logsumexp.squeeze(-1)};
 }
 
+WithWeightsResult attention_with_weights_forward(const WithWeightsArguments& a) {
+  const auto [out, logsumexp, rng_state] = AttentionForward::call(a.forward());
+  return {out, std::get<0>(AttentionWeightsForward::call(a.weights(logsumexp))), logsumexp};
+}
+
 MapBackwardResult attention_weights_backward(const WeightsBackwardArguments& a) {
   const NoAutocast no_autocast;
   check_arguments(a);
@@ -115,6 +120,7 @@ TORCH_LIBRARY_IMPL(torch_attn, CompositeExplicitAutograd, m) {
   m.impl("attention_statistics_forward", AttentionStatisticsForward::kernel<attention_statistics_forward>);
   m.impl("attention_statistics_backward", AttentionStatisticsBackward::kernel<attention_statistics_backward>);
   m.impl("attention_weights_forward", AttentionWeightsForward::kernel<attention_weights_forward>);
+  m.impl("attention_with_weights_forward", AttentionWithWeightsForward::kernel<attention_with_weights_forward>);
   m.impl("attention_weights_backward", AttentionWeightsBackward::kernel<attention_weights_backward>);
 }
 
