@@ -13,7 +13,7 @@ import torch
 import torch_attn  # noqa: F401  (registers the operators)
 
 SESSION_SEED = int(os.environ.get("TORCH_ATTN_TEST_SEED", random.SystemRandom().randrange(2**31)))
-os.environ["TORCH_ATTN_TEST_SEED"] = str(SESSION_SEED)  # the workers of `pytest -n 2` draw from the seed that is printed
+os.environ["TORCH_ATTN_TEST_SEED"] = str(SESSION_SEED)  # what is printed is the seed of all workers
 
 # Folders whose tests compile into one place: with `pytest -n 2 --dist loadgroup` one worker runs them all.
 ONE_WORKER = ("build", "examples")

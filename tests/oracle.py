@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,17 +27,36 @@ class Call:
     key: Tensor
     value: Tensor
     options: dict[str, Any]
-    grad_out: Tensor
+    grad_out: Tensor | None  # None: a call that has no gradients
     grad_logsumexp: Tensor | None
 
-    def to(self, dtype: torch.dtype) -> Call:
-        def cast(x: Any) -> Any:
-            return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+    def mapped(self, function: Callable[[Any], Any]) -> Call:
+        """The same call of other tensors."""
+        options = {name: function(x) for name, x in self.options.items()}
+        names = ("query", "key", "value", "grad_out", "grad_logsumexp")
+        return dataclasses.replace(self, **{n: function(getattr(self, n)) for n in names}, options=options)
 
-        options = {name: cast(x) for name, x in self.options.items()}
-        return Call(
-            *map(cast, (self.query, self.key, self.value)), options, cast(self.grad_out), cast(self.grad_logsumexp)
-        )
+    def to(self, dtype: torch.dtype) -> Call:
+        return self.mapped(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x)
+
+    def longest_key(self) -> int:
+        return self.key.size(2)
+
+    def reference(
+        self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], keep_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Output and logsumexp by the definition."""
+        return reference.attention(query, key, value, **options, keep_mask=keep_mask)[:2]
+
+    def kernel(
+        self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Output and logsumexp of our operators, and the dropout mask that the call drew, if any."""
+        out, logsumexp, rng_state = torch.ops.torch_attn.attention_forward(query, key, value, **options)
+        keep = None
+        if (p := options.get("dropout_p", 0.0)) > 0:
+            keep = torch.ops.torch_attn.dropout_keep_mask(rng_state, *query.shape[:3], key.size(2), p)
+        return out, logsumexp, keep
 
     def leaves(self) -> dict[str, Tensor]:
         named = {"query": self.query, "key": self.key, "value": self.value}
@@ -48,6 +68,8 @@ class Call:
 
 
 def backward(call: Call, leaves: dict[str, Tensor], out: Tensor, logsumexp: Tensor) -> dict[str, Tensor]:
+    if call.grad_out is None:
+        return {}
     loss = (out * call.grad_out.to(out.dtype)).sum()
     if call.grad_logsumexp is not None:  # a row with nothing to attend has logsumexp −inf and no gradient from it
         finite = logsumexp.isfinite()
@@ -56,26 +78,23 @@ def backward(call: Call, leaves: dict[str, Tensor], out: Tensor, logsumexp: Tens
     return {f"grad_{name}": g for name, g in zip(leaves, grads, strict=True) if g is not None}
 
 
-def run_reference(call: Call, keep_mask: Tensor | None) -> dict[str, Tensor]:
-    leaves = {name: x.detach().clone().requires_grad_() for name, x in call.leaves().items()}
+def differentiable_inputs(call: Call) -> tuple[dict[str, Tensor], tuple[Any, ...]]:
+    """The call's leaves, requiring grad, and query, key, value and the options made of them."""
+    leaves = {name: x.detach().clone().requires_grad_(call.grad_out is not None) for name, x in call.leaves().items()}
     options = call.options | {n: x for n, x in leaves.items() if n in DIFFERENTIABLE_OPTIONS}
-    out, logsumexp, _ = reference.attention(
-        leaves["query"], leaves["key"], leaves["value"], **options, keep_mask=keep_mask
-    )
+    return leaves, (leaves["query"], leaves["key"], leaves["value"], options)
+
+
+def run_reference(call: Call, keep_mask: Tensor | None) -> dict[str, Tensor]:
+    leaves, inputs = differentiable_inputs(call)
+    out, logsumexp = call.reference(*inputs, keep_mask)
     return {"out": out.detach(), "logsumexp": logsumexp.detach()} | backward(call, leaves, out, logsumexp)
 
 
 def run_kernel(call: Call) -> tuple[dict[str, Tensor], Tensor | None]:
     """Our operators, forward and backward. Also returns the dropout mask the call drew, if any."""
-    leaves = {name: x.detach().requires_grad_() for name, x in call.leaves().items()}
-    options = call.options | {n: x for n, x in leaves.items() if n in DIFFERENTIABLE_OPTIONS}
-    out, logsumexp, rng_state = torch.ops.torch_attn.attention_forward(
-        leaves["query"], leaves["key"], leaves["value"], **options
-    )
-    keep = None
-    if call.options.get("dropout_p", 0.0) > 0:
-        sizes = (*call.query.shape[:3], call.key.size(2))
-        keep = torch.ops.torch_attn.dropout_keep_mask(rng_state, *sizes, call.options["dropout_p"])
+    leaves, inputs = differentiable_inputs(call)
+    out, logsumexp, keep = call.kernel(*inputs)
     return {"out": out.detach(), "logsumexp": logsumexp.detach()} | backward(call, leaves, out, logsumexp), keep
 
 
@@ -88,10 +107,7 @@ def neighbour(call: Call) -> Call:
         nudged = x * (1 + 8 * torch.finfo(x.dtype).eps * (torch.rand_like(x) - 0.5))
         return torch.where(nudged.isfinite(), nudged, x)
 
-    options = {name: nudge(x) for name, x in call.options.items()}
-    return Call(
-        *map(nudge, (call.query, call.key, call.value)), options, nudge(call.grad_out), nudge(call.grad_logsumexp)
-    )
+    return call.mapped(nudge)
 
 
 def rounded_to_tf32(x: Tensor) -> Tensor:
@@ -199,7 +215,7 @@ def assert_accurate(
         granted = units * max(1.0, largest(exact[name]))
         if name.removeprefix("grad_") in DIFFERENTIABLE_OPTIONS:
             rows_summed = max(1.0, actual["logsumexp"].numel() / max(1, actual[name].numel()))
-            distance = call.key.size(2) if name == "grad_alibi_slopes" else 1
+            distance = call.longest_key() if name == "grad_alibi_slopes" else 1
             rounding = units + (eps if rows_summed > 1 else 0.0)
             granted += 3 * rounding * math.sqrt(rows_summed) * distance  # three standard deviations
         factor = gradient_factor if name.startswith("grad") else forward_factor

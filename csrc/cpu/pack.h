@@ -48,11 +48,12 @@ TA_INLINE Rows<Real> padded_rows(const TensorView& view, int64_t batch, int64_t 
 template <class Real>
 TA_INLINE Rows<Real> key_value_rows(const TensorView& view, int64_t batch, int64_t head, int64_t row, int64_t rows,
                                     int64_t columns, bool few_queries, Real* scratch) {
-  const char* first = element(view, batch, head, row);
-  if (view.dtype == kStoredAs<Real> && (few_queries || view.stride[2] == columns)) {
-    return {reinterpret_cast<const Real*>(first), view.stride[2]};
+  if (view.dtype == kStoredAs<Real> && (few_queries || view.stride[2] == columns) && is_one_run(view, row, rows)) {
+    return {reinterpret_cast<const Real*>(element(view, batch, head, row)), view.stride[2]};
   }
-  load_rows(scratch, columns, view, first, rows, columns);
+  for_each_run(view, batch, head, row, rows, [&](const char* first, int64_t i, int64_t count) TA_INLINE_LAMBDA {
+    load_rows(scratch + i * columns, columns, view, first, count, columns);
+  });
   return {scratch, columns};
 }
 
@@ -85,23 +86,35 @@ TA_NOINLINE void pack_panel(Real* panel, int64_t width, const Real* in, int64_t 
   }
 }
 
+// One tile of unpack_panel, as many rows and columns as a vector has lanes; or, unless kWhole, the first of them.
+template <bool kWhole, class Real>
+TA_INLINE void unpack_tile(Real* out, int64_t out_stride, const Real* panel, int64_t width, Vec<Real> multiplier,
+                           int64_t rows, int64_t columns) {
+  constexpr int n = kLanes<Real>;
+  Vec<Real> tile[n];
+#pragma GCC unroll 16
+  for (int j = 0; j < n; ++j) tile[j] = kWhole || j < columns ? load(panel + j * width) * multiplier : Vec<Real>{};
+  transpose_in_registers<Real>(tile);
+#pragma GCC unroll 16
+  for (int i = 0; i < n; ++i) {
+    if (kWhole || i < rows) store(out + i * out_stride, tile[i]);
+  }
+}
+
 // The inverse, for whole vectors of columns: out[i · out_stride + j] = panel[j · width + i] · factor[i] for i < rows.
 template <class Real>
 TA_NOINLINE void unpack_panel(Real* out, int64_t out_stride, const Real* panel, int64_t width, const Real* factor,
                               int64_t rows, int64_t columns) {
   constexpr int n = kLanes<Real>;
-  for (int64_t i0 = 0; i0 < rows; i0 += n) {
-    const Vec<Real> multiplier = load(factor + i0);
-    for (int64_t j0 = 0; j0 < columns; j0 += n) {
-      Vec<Real> tile[n];
-#pragma GCC unroll 16
-      for (int j = 0; j < n; ++j) {
-        tile[j] = j0 + j < columns ? load(panel + (j0 + j) * width + i0) * multiplier : Vec<Real>{};
-      }
-      transpose_in_registers<Real>(tile);
-#pragma GCC unroll 16
-      for (int i = 0; i < n; ++i) {
-        if (i0 + i < rows) store(out + (i0 + i) * out_stride + j0, tile[i]);
+  for (int64_t i = 0; i < rows; i += n) {
+    const Vec<Real> multiplier = load(factor + i);
+    for (int64_t j = 0; j < columns; j += n) {
+      Real* place = out + i * out_stride + j;
+      const Real* tile = panel + j * width + i;
+      if (rows - i >= n && columns - j >= n) {
+        unpack_tile<true>(place, out_stride, tile, width, multiplier, n, n);
+      } else {
+        unpack_tile<false>(place, out_stride, tile, width, multiplier, rows - i, columns - j);
       }
     }
   }

@@ -33,7 +33,7 @@ void with_type(ScalarType dtype, const Body& body) {
 
 // Scratch memory of so many numbers of accumulator type for each query row.
 inline size_t bytes_of_rows(const AttentionProblem& p, size_t numbers) {
-  const size_t rows = static_cast<size_t>(p.batch * p.heads * p.query_length);
+  const size_t rows = static_cast<size_t>(p.all_rows());
   return numbers * rows * (p.dtype == ScalarType::kFloat64 ? sizeof(double) : sizeof(float));
 }
 constexpr size_t kRowStatistics = 3;  // see RowStatistics

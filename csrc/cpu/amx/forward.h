@@ -4,33 +4,16 @@
 #pragma once
 
 #include "../forward.h"
-#include "tiles.h"
+#include "panel.h"
 
 namespace torch_attn::cpu::TORCH_ATTN_ISA {
 
-// One panel is two vectors of lanes: two tiles wide, as one 2 × 2 block of tile products needs.
-constexpr int kAmxVectors = 2;
-constexpr int64_t kAmxLanes = kAmxVectors * kLanes<float>;
 constexpr int64_t kAmxRows = 512;
-constexpr int64_t kAmxKeys = 128;  // at most, see amx_key_block
 
 // Keys per block. Measured on an Intel Xeon with AMX: 64 is 5 to 10 % faster than 128 at head_dim 64, whose tiles then
 // stay in the L1 cache, and 10 % slower at 128, where each block's addition to the output weighs more.
 TA_INLINE int64_t amx_key_block(const AttentionProblem& p) {
   return larger(p.head_dim, p.value_dim) > 64 ? kAmxKeys : kAmxKeys / 2;
-}
-
-// exp(x) for x ≤ kMaximumSlack, with a relative error of 3e-6: for weights that are then rounded to bfloat16. A NaN
-// stays one; below the smallest normal number the result is 0. The caller subtracts first: taking log2(e) into the
-// scores' factor would save a multiplication, but lets a large maximum's rounding error through.
-TA_INLINE Vec<float> exp_for_half(Vec<float> x) {
-  constexpr float kRounder = ExpConstants<float>::kRounder;
-  const Vec<float> t = x * 1.44269504f, shifted = t + kRounder, f = t - (shifted - kRounder);
-  // 2^f, minimax on |f| ≤ 1/2.
-  const Vec<float> y =
-      (((0.00958277178404f * f + 0.0559072210405f) * f + 0.240241046684f) * f + 0.693124103426f) * f + 1.0f;
-  const Vec<float> power = (Vec<float>)((IntVec<float>)shifted << ExpConstants<float>::kMantissaBits);
-  return t < splat(-126.0f) ? splat(0.0f) : y * power;
 }
 
 // maximum[lane] is raised to include factor times the dots of keys [begin, end); factor > 0.
@@ -260,7 +243,7 @@ struct AmxForward {
       store(block.sum + i, Softmax::inverse_sum(sum));
     }
     float* logsumexp =
-        static_cast<float*>(outputs.logsumexp) + (block.batch * p.heads + block.head) * p.query_length + block.row;
+        static_cast<float*>(outputs.logsumexp) + p.first_row(block.batch, block.head) + block.row;
     __builtin_memcpy(logsumexp, block.maximum, block.rows * sizeof(float));
     for (int64_t offset = 0; offset < block.lanes; offset += kAmxLanes) {
       store_panel(outputs.out, block.batch, block.head, block.row + offset, smaller(kAmxLanes, block.rows - offset),

@@ -54,7 +54,8 @@ int64_t widest(const AttentionProblem& p) { return p.head_dim > p.value_dim ? p.
 // The narrowest variant that serves the problem, or null. Plain kernels fold the scale into the running maximum, so
 // they need a positive one.
 const Variant* variant_for(const AttentionProblem& p, bool full) {
-  full = full || p.softcap != 0 || p.attn_mask.defined() || p.alibi_slopes.defined() || p.dropout_p > 0 || p.scale <= 0;
+  full = full || p.softcap != 0 || p.attn_mask.defined() || p.alibi_slopes.defined() || p.dropout_p > 0 ||
+         p.scale <= 0 || p.key.pages != nullptr;
   const Variant* best = nullptr;
   for (const Variant& v : kVariants)
     if (v.dtype == p.dtype && v.full == full && v.dim >= widest(p) && (!best || v.dim < best->dim)) best = &v;
@@ -90,6 +91,8 @@ std::string refusal(const Call& call) {
            std::to_string(256 / element_bytes(p));
   if (!is_aligned(p.query, piece) || !is_aligned(p.key, piece) || !is_aligned(p.value, piece))
     return "query, key and value must start at, and have strides of, multiples of 16 bytes";
+  if (p.key.pages != nullptr && (p.key.page_rows & (p.key.page_rows - 1)) != 0)
+    return "the blocks of a paged cache must have a power of two of rows";
   if (const BackwardTensors* t = call.backward) {
     if (!is_aligned(t->grad_out, piece) || !is_aligned(t->grad_query, piece) || !is_aligned(t->grad_key, piece) ||
         !is_aligned(t->grad_value, piece))

@@ -42,7 +42,7 @@ std::vector<cuda::TierAnswer> answers(const CudaTiersArguments& a, const Attenti
 }
 
 std::vector<std::string> cuda_tiers(const CudaTiersArguments& a) {
-  ForwardArguments call{a.query, a.key, a.value, a.options, std::nullopt};
+  ForwardArguments call{a.query, a.key, a.value, Options{a.options}, std::nullopt};
   call.options.dropout_p = 0;  // no state of dropout is drawn
   const PreparedProblem prepared = make_problem(call, Tensor());
   AttentionProblem p = with_precision_of_matmul(prepared.problem);
