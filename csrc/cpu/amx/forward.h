@@ -21,16 +21,16 @@ TA_INLINE int64_t amx_key_block(const AttentionProblem& p) {
 }
 
 // exp(x) for x ≤ kMaximumSlack, with a relative error of 3e-6: for weights that are then rounded to bfloat16. A NaN
-// stays one; below the smallest normal number the result is 0. The caller subtracts first: taking log2(e) into the
-// scores' factor would save a multiplication, but lets a large maximum's rounding error through.
+// stays one; near the smallest normal number and below the result is 0. The caller subtracts first: taking log2(e) into
+// the scores' factor would save a multiplication, but lets a large maximum's rounding error through.
 TA_INLINE Vec<float> exp_for_half(Vec<float> x) {
-  constexpr float kRounder = ExpConstants<float>::kRounder;
-  const Vec<float> t = x * 1.44269504f, shifted = t + kRounder, f = t - (shifted - kRounder);
-  // 2^f, minimax on |f| ≤ 1/2.
+  const Vec<float> t = x * 1.44269504f;
+  const Vec<float> f = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF);  // t − ⌊t⌋
+  // 2^f, minimax on 0 ≤ f < 1.
   const Vec<float> y =
-      (((0.00958277178404f * f + 0.0559072210405f) * f + 0.240241046684f) * f + 0.693124103426f) * f + 1.0f;
-  const Vec<float> power = (Vec<float>)((IntVec<float>)shifted << ExpConstants<float>::kMantissaBits);
-  return t < splat(-126.0f) ? splat(0.0f) : y * power;
+      (((0.013534168f * f + 0.05201146f) * f + 0.24144275f) * f + 0.69300383f) * f + 1.0000026f;
+  const __mmask16 normal = _mm512_cmp_ps_mask(t, splat(-126.0f), _CMP_NLT_UQ);
+  return _mm512_maskz_scalef_ps(normal, y, t);  // multiplies by 2^⌊t⌋
 }
 
 // maximum[lane] is raised to include factor times the dots of keys [begin, end); factor > 0.
@@ -177,8 +177,12 @@ struct AmxForward {
           half_rows(p.value, block.batch, kv_head, key, keys, p.value_dim, all_keys, packed_values, value_scratch);
       transpose_rows(values, value_rows, all_keys, packed_values, value_pairs);
       const KeyBlock key_block{key, keys, all_keys, key_rows, values};
-      for (int64_t offset = 0; offset < block.lanes; offset += kAmxLanes)
-        add_keys(block, offset, stage, bias, key_block);
+      const int64_t panels = block.lanes / kAmxLanes;
+      const NextRows next(p, block.batch, kv_head, key + keys, key_block_size, range.end - key - keys, panels);
+      for (int64_t i = 0; i < panels; ++i) {
+        next.prefetch(i);
+        add_keys(block, i * kAmxLanes, stage, bias, key_block);
+      }
     }
     finish(block, scratch);
   }
