@@ -6,7 +6,8 @@
 
 namespace torch_attn::cpu::TORCH_ATTN_ISA {
 
-constexpr int64_t kBackwardRows = 96;
+// Measured on AVX-512 with L2 caches of 2 MiB: 192 is 1 to 5 % faster than 96, 144 is between.
+constexpr int64_t kBackwardRows = TA_VECTOR_BYTES == 64 ? 192 : 96;
 
 // What a backward call computes, and how it is cut up; the same for all of its tasks.
 struct BackwardPlan {
@@ -63,7 +64,7 @@ struct VectorWalk {
   Real over_keys(Block& block) {
     ScoreStage<Real> stage(p, batch, block.head);
     block.normalise_weights(p, stage, tile.scratch, weights, key_scratch);
-    if constexpr (requires { Tile::kTakesRawDots; }) stage.leave_dots_raw();
+    if constexpr (Tile::kTakesRawDots) stage.leave_dots_raw();
     if (b.needs_query) fill<Real>(grad_query, 0, block.panels.lanes * p.head_dim);
     Real slope_gradient = 0;
     const bool few_queries = block.rows <= kFewRows;

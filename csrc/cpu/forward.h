@@ -154,7 +154,8 @@ struct Forward {
     score_tile<Real, kVectors, true>(stage, bias, span, p.head_dim, key_rows, block.query + offset * p.head_dim, row,
                                      key, block.scores, nullptr, maximum);
     prefetch_next_bias(stage.mask_rows, block.row, block.rows, offset, width, key, keys);
-    softmax_tile<Real, kVectors>(span.begin, span.end, stage.score_factor(), block.scores, old_maximum, maximum, block.sum + offset, rescale);
+    softmax_tile<Real, kVectors>(span.begin, span.end, stage.score_factor(), block.scores, old_maximum, maximum,
+                                 block.sum + offset, rescale);
     if (p.dropout_p > 0) {
       drop<kVectors>(block, row, key, span);
     }

@@ -83,7 +83,7 @@ struct GradientTile {
   using Real = RealType;
   using Block = RowBlock<Real>;
   using Tensors = BackwardTensors;
-  static constexpr bool kTakesRawDots = true;  // see ScoreStage::leave_dots_raw; other tiles lack it
+  static constexpr bool kTakesRawDots = true;  // see ScoreStage::leave_dots_raw
 
   const AttentionProblem& p;
   Dropout dropout;

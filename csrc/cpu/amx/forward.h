@@ -27,8 +27,7 @@ TA_INLINE Vec<float> exp_for_half(Vec<float> x) {
   const Vec<float> t = x * 1.44269504f;
   const Vec<float> f = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF);  // t − ⌊t⌋
   // 2^f, minimax on 0 ≤ f < 1.
-  const Vec<float> y =
-      (((0.013534168f * f + 0.05201146f) * f + 0.24144275f) * f + 0.69300383f) * f + 1.0000026f;
+  const Vec<float> y = (((0.013534168f * f + 0.05201146f) * f + 0.24144275f) * f + 0.69300383f) * f + 1.0000026f;
   const __mmask16 normal = _mm512_cmp_ps_mask(t, splat(-126.0f), _CMP_NLT_UQ);
   return _mm512_maskz_scalef_ps(normal, y, t);  // multiplies by 2^⌊t⌋
 }
