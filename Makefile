@@ -14,17 +14,19 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # OpenMP's threads give their core away while they wait. The default, to spin, costs tenfold where a neighbour wants it.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: build test sanitize lint format demo glimpses clean FORCE
+.PHONY: build test sanitize lint format docs demo glimpses clean FORCE
 
 build: $(VENV)/.installed
 
 test: lint build
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
-# The CUDA kernels in the emulator, under AddressSanitizer.
+# All tests of the emulated CUDA kernels under AddressSanitizer and UBSan; tests/cuda_emulation/test_sanitizer.py runs
+# some of them. Without libstdc++ beside it, AddressSanitizer finds no __cxa_throw.
 sanitize: build
 	TORCH_ATTN_EMULATION_CHECK=address ASAN_OPTIONS=detect_leaks=0 \
-	LD_PRELOAD=$(shell $(CXX) -print-file-name=libasan.so) $(BIN)/python -m pytest tests/cuda_emulation
+	LD_PRELOAD="$(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libstdc++.so.6)" \
+	$(BIN)/python -m pytest tests/cuda_emulation
 
 lint: $(VENV)/.requirements
 	$(BIN)/ruff check .
@@ -35,6 +37,10 @@ format: $(VENV)/.requirements
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_SOURCES)
+
+# The site, into build/docs/index.html.
+docs: build
+	$(BIN)/python -m sphinx -b html -W --keep-going -q docs build/docs
 
 demo: build
 	$(BIN)/python examples/digits_vit/demo.py

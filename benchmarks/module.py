@@ -1,8 +1,8 @@
-"""MultiheadAttention against nn.MultiheadAttention: a training step (forward and backward) with and without weights.
+"""MultiheadAttention against nn.MultiheadAttention, forward and in a training step, with and without weights.
 
     python -m benchmarks.module --name module
 
-The four contenders run in turn, so that both ratios, to nn.MultiheadAttention and of need_weights=True to False, come
+The six contenders run in turn, so that all ratios, to nn.MultiheadAttention and of need_weights=True to False, come
 from the same rounds.
 """
 
@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -26,7 +27,8 @@ from .measure import interleave
 
 @dataclass(frozen=True)
 class Row:
-    """Speedups are medians of nn.MultiheadAttention's time by ours; weights_cost is ours with weights by without."""
+    """Speedups are medians of nn.MultiheadAttention's time by ours; weights_cost is ours with weights by without: with
+    their mean over the heads, and with all of them."""
 
     embed: int
     heads: int
@@ -34,32 +36,51 @@ class Row:
     length: int
     dtype: str
     threads: int
+    mode: str
     milliseconds: float
     speedup: float
     speedup_with_weights: float
     weights_cost: float
+    all_weights_cost: float
     torchs_weights_cost: float
+    torchs_all_weights_cost: float
 
     def __str__(self) -> str:
         shape = f"embed {self.embed} H{self.heads} B{self.batch} L{self.length} {self.dtype} {self.threads} thr"
-        costs = f"weights cost {self.weights_cost:.2f}x (torch's {self.torchs_weights_cost:.2f}x)"
+        costs = f"mean {self.weights_cost:.2f}x, all {self.all_weights_cost:.2f}x"
+        torchs = f"(torch's {self.torchs_weights_cost:.2f}x, {self.torchs_all_weights_cost:.2f}x)"
         speed = f"{self.speedup:.2f}x, with weights {self.speedup_with_weights:.2f}x"
-        return f"{shape:44} {self.milliseconds:8.1f} ms {speed:30} {costs}"
+        return f"{shape:44} {self.mode:7} {self.milliseconds:8.1f} ms {speed:29} weights cost: {costs} {torchs}"
 
 
-def training_step(module: nn.Module, x: torch.Tensor, need_weights: bool) -> Callable[[], object]:
+WEIGHTS = ({"need_weights": False}, {}, {"average_attn_weights": False})  # none, their mean, all
+
+
+def forward(module: nn.Module, x: torch.Tensor, options: dict[str, bool]) -> Callable[[], object]:
+    def call() -> object:
+        with torch.no_grad():
+            return module(x, x, x, **options)
+
+    return call
+
+
+def training_step(module: nn.Module, x: torch.Tensor, options: dict[str, bool]) -> Callable[[], object]:
     leaves = [x, *module.parameters()]
     grad = torch.randn_like(x)
-    return lambda: torch.autograd.grad(module(x, x, x, need_weights=need_weights)[0], leaves, grad)
+    return lambda: torch.autograd.grad(module(x, x, x, **options)[0], leaves, grad)
 
 
-def measure(embed: int, heads: int, batch: int, length: int, dtype: torch.dtype, seconds: float) -> Row:
+MODES = {"forward": forward, "step": training_step}
+
+
+def measure(embed: int, heads: int, batch: int, length: int, dtype: torch.dtype, mode: str, seconds: float) -> Row:
     torch.manual_seed(0)
     theirs = nn.MultiheadAttention(embed, heads, batch_first=True, dtype=dtype)
     ours = torch_attn.MultiheadAttention(embed, heads, batch_first=True, dtype=dtype)
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(batch, length, embed).to(dtype).requires_grad_()
-    timing = interleave([training_step(m, x, w) for w in (False, True) for m in (ours, theirs)], seconds)
+    timing = interleave([MODES[mode](m, x, options) for m in (ours, theirs) for options in WEIGHTS], seconds)
+    plain, mean, everything, torchs_plain, torchs_mean, torchs_everything = range(6)
     return Row(
         embed,
         heads,
@@ -67,11 +88,14 @@ def measure(embed: int, heads: int, batch: int, length: int, dtype: torch.dtype,
         length,
         str(dtype).removeprefix("torch."),
         torch.get_num_threads(),
-        1e3 * timing.best(0),
-        timing.speedup(0, 1)[0],
-        timing.speedup(2, 3)[0],
-        timing.speedup(0, 2)[0],
-        timing.speedup(1, 3)[0],
+        mode,
+        1e3 * timing.best(plain),
+        timing.speedup(plain, torchs_plain)[0],
+        timing.speedup(mean, torchs_mean)[0],
+        timing.speedup(plain, mean)[0],
+        timing.speedup(plain, everything)[0],
+        timing.speedup(torchs_plain, torchs_mean)[0],
+        timing.speedup(torchs_plain, torchs_everything)[0],
     )
 
 
@@ -81,6 +105,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--mode", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--seconds", type=float, default=4.0, help="time spent on each row")
     parser.add_argument("--name", help="write results/NAME.json beside this file")
     args = parser.parse_args()
@@ -89,8 +114,8 @@ def main() -> None:
         torch.set_num_threads(threads)
         for dtype in args.dtype:
             for embed, heads in ((512, 8), (768, 12)):
-                for length in args.length:
-                    rows.append(measure(embed, heads, args.batch, length, getattr(torch, dtype), args.seconds))
+                for length, mode in product(args.length, args.mode):
+                    rows.append(measure(embed, heads, args.batch, length, getattr(torch, dtype), mode, args.seconds))
                     print(rows[-1], flush=True)
     if args.name:
         machine = report.machine() | {"command": "python -m benchmarks.module " + " ".join(sys.argv[1:])}

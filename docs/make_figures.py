@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/maps.md into docs/images: trains small models (two minutes), records their maps.
+"""Draws the pictures of docs/maps.md and docs/semantics.md into docs/images; trains small models (three minutes).
 
     .venv/bin/python docs/make_figures.py [name ...]
 
@@ -15,15 +15,20 @@ import torch
 from torch import Tensor
 
 REPOSITORY = Path(__file__).parents[1]
-sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "docs"), str(REPOSITORY / "examples" / "digits_vit")]
+EXAMPLES = [str(REPOSITORY / "examples" / name) for name in ("digits_vit", "cat_sat_on_the_mat")]
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "docs"), *EXAMPLES]
 
 import figure_models as models  # noqa: E402
+import semantics_figures  # noqa: E402
 
+import language_model  # noqa: E402
 import model as digits_vit  # noqa: E402
+import subject_head  # noqa: E402
 import training  # noqa: E402
+from grammar import encode  # noqa: E402
 from tests.plot.chromium import PATH as CHROMIUM  # noqa: E402
 from tests.plot.chromium import Chromium  # noqa: E402
-from torch_attn import plot, replace_mha  # noqa: E402
+from torch_attn import attention_rollout, plot, record_attention, replace_mha  # noqa: E402
 
 IMAGES = REPOSITORY / "docs" / "images"
 STYLES = ("light", "dark")
@@ -70,6 +75,32 @@ def photograph(page: plot.Page, pointed_at: str) -> None:
     finally:
         browser.close()
         file.unlink()
+
+
+def sentence() -> None:
+    """The map of one head of "The cat sat on the mat.", its column sums, and rollout."""
+    model = language_model.LanguageModel()
+    language_model.train(model, seed=0)
+    model.eval()
+    chosen = subject_head.find_subject_head(model, language_model.held_out())
+    words, weights = subject_head.map_of_the_sentence(model, chosen)
+    for style in STYLES:
+        subject_head.draw(words, weights, chosen, IMAGES / f"cat_sat_on_the_mat_{style}.png", style)
+
+    tokens = encode([words])[:, : len(words)]
+    words[0] = words[0].capitalize()
+    with record_attention(model, maps=True, statistics=["column_sum"]) as record:
+        model(tokens)
+    rollout = attention_rollout(record.last_maps())[0]
+    title = "What each word is made of after two layers"
+    names = {"query_label": "word after two layers", "key_label": "word at the input", "value_label": "share"}
+    save("rollout", lambda style: plot.heatmap(rollout, words, title=title, **names, style=style))
+    looked_at = record.statistics["layers.layers.1.self_attn"]["column_sum"][-1][0]
+    label, title = "sum of the attention weights", "How much each word is looked at"
+    save(
+        "column_sums",
+        lambda style: plot.feature_bars(looked_at, words, sort=False, title=title, value_label=label, style=style),
+    )
 
 
 def digits() -> None:
@@ -131,9 +162,20 @@ def table() -> None:
     save("feature_bars", lambda style: plot.feature_bars(heads, tumours.names, top=12, title=title, style=style))
 
 
+def masks() -> None:
+    """masks."""
+    save("masks", semantics_figures.masks)
+
+
+def numerics() -> None:
+    """numerics."""
+    errors = semantics_figures.errors_by_length()
+    save("numerics", lambda style: semantics_figures.numerics(style, errors))
+
+
 def main() -> None:
     IMAGES.mkdir(exist_ok=True)
-    drawings = {"text": text, "digits": digits, "dates": dates, "tones": tones, "table": table}
+    drawings = {drawing.__name__: drawing for drawing in (text, sentence, digits, dates, tones, table, masks, numerics)}
     for name in sys.argv[1:] or drawings:
         torch.manual_seed(0)
         random.seed(0)

@@ -1,61 +1,119 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, in one command, from a checkout on a machine with a GPU, nvcc and a CUDA build of
-# torch in the Python that PYTHON names:
+# Everything that only a GPU can show, in one command, from a checkout on a machine with a GPU, nvcc, CMake, Ninja, pytest
+# and a CUDA build of torch in the Python that PYTHON names. Nothing is downloaded or installed:
 #
-#   PYTHON=python3 scripts/check_on_gpu.sh
+#   PYTHON=python3 scripts/check_on_gpu.sh            # all stages
+#   scripts/check_on_gpu.sh build conformance tests   # some
 #
-# In this order, and stopping at the first failure: the library is built for this GPU; each PTX wrapper is compared with
-# the emulator's version; the machine code is checked; every test runs on the GPU; compute-sanitizer, if it is installed,
-# looks for memory errors and races; the benchmarks run against PyTorch's backends and leave
-# benchmarks/results/<GPU>*.json, to be committed.
+# Stages, in this order: build (the library, for this GPU alone), conformance (each PTX wrapper against the emulator's
+# version), tests (tests/cuda, a process for each dtype, side by side), sanitizer (compute-sanitizer, if it is there),
+# benchmark (against PyTorch's backends, into benchmarks/results/<GPU>*.json, to be committed). Each has a time limit, and
+# the next one runs also where one fails; the exit status is that of the worst. What they print is in build/gpu_check.
 #
-# QUICK=1 leaves the benchmarks out. SECONDS_PER_PAIR (default 0.5) is the time spent on each of their pairs.
-set -euo pipefail
+# SECONDS_PER_PAIR (default 0.1): the time spent on each pair of a benchmark. TIME_FACTOR (default 1) multiplies limits.
+set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
+LOGS=build/gpu_check
+STAGES=${*:-build conformance tests sanitizer benchmark}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
+mkdir -p "$LOGS"
+summary=() failed=0
 
 say() { printf '\n== %s\n' "$*"; }
+has() { [[ " $STAGES " == *" $1 "* ]]; }
+
+# start NAME SECONDS COMMAND...: in the background, at most so long; finish NAME...: waits, shows and notes the outcome.
+declare -A pids started
+start() {
+  local name=$1 seconds=$(($2 * ${TIME_FACTOR:-1}))
+  shift 2
+  timeout -k 10 "$seconds" "$@" </dev/null >"$LOGS/$name.log" 2>&1 &
+  pids[$name]=$! started[$name]=$SECONDS
+}
+finish() {
+  local name status
+  for name in "$@"; do
+    wait "${pids[$name]}"
+    status=$?
+    say "$name: $([[ $status == 0 ]] && echo passed || echo "FAILED ($status; 124 and 137: out of time)")"
+    tail -n "$([[ $status == 0 ]] && echo 12 || echo 60)" "$LOGS/$name.log"
+    summary+=("$(printf '%-28s %-8s %4d s' "$name" "$([[ $status == 0 ]] && echo passed || echo "FAILED")" $((SECONDS - started[$name])))")
+    [[ $status == 0 ]] || failed=1
+  done
+}
+pytest() { echo "$PYTHON" -m pytest -rs -p no:cacheprovider "$@"; }
 
 say "the machine"
-"$PYTHON" - <<'CHECK'
+timeout 120 "$PYTHON" - <<'CHECK' || exit 1
 import torch
-assert torch.cuda.is_available(), "this Python's torch finds no GPU"
-print(torch.__version__, torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+if not torch.cuda.is_available():
+    raise SystemExit("this Python's torch finds no GPU")
+print("torch", torch.__version__, "on", torch.cuda.get_device_name(), torch.cuda.get_device_capability())
 CHECK
+read -r architecture gpu torch_dir < <(timeout 120 "$PYTHON" - <<'FACTS'
+import pathlib, re, torch
+major, minor = torch.cuda.get_device_capability()
+print(f"{major}{minor}{'a' * (major == 9)}", re.sub(r"\W+", "_", torch.cuda.get_device_name()).lower(), pathlib.Path(torch.__file__).parent)
+FACTS
+)
+export CUDACXX=${CUDACXX:-$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)}
+export PATH=$PATH:$(dirname "$CUDACXX")
 
-say "build"
-"$PYTHON" -m pip install -q --no-build-isolation --no-deps -e .
-"$PYTHON" -m torch_attn.info
-
-say "each PTX wrapper against the emulator's version"
-"$PYTHON" -m pytest tests/cuda/test_conformance.py -rs
-
-if "$PYTHON" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("nvidia.cu13"))' 2>/dev/null; then
-  say "machine code"
-  "$PYTHON" scripts/check_sass.py
+build_library() {
+  cmake -S . -B build/gpu -G Ninja -DCMAKE_BUILD_TYPE=Release -DTORCH_DIR="$torch_dir" -DTORCH_ATTN_CUDA=ON \
+    -DTORCH_ATTN_CUDA_ARCHS="$architecture-real" &&
+    cmake --build build/gpu --parallel "$(env -u OMP_NUM_THREADS nproc)" && cmake --install build/gpu --prefix torch_attn &&
+    "$PYTHON" -m torch_attn.info
+}
+export -f build_library
+export torch_dir architecture PYTHON
+if has build; then
+  start build 300 bash -c build_library
+  finish build
 fi
 
-say "every test on the GPU"
-"$PYTHON" -m pytest tests/cuda -rs
-
-say "compute-sanitizer"
-if sanitizer=$(command -v compute-sanitizer); then
-  for check in memcheck racecheck synccheck; do
-    "$sanitizer" --tool "$check" --error-exitcode 1 "$PYTHON" -m pytest tests/cuda/test_on_gpu.py \
-      -k "causal_bottom_right or grouped_query or everything or decode or atomics"
-  done
-else
-  echo "compute-sanitizer is not installed: memory and race checks left out" >&2
+if has conformance; then
+  start conformance 240 $(pytest tests/cuda/test_conformance.py)
+  finish conformance
 fi
 
-if [[ -z "${QUICK:-}" ]]; then
-  say "benchmarks"
-  gpu=$("$PYTHON" -c 'import re, torch; print(re.sub(r"\W+", "_", torch.cuda.get_device_name()).lower())')
-  benchmark() {
-    "$PYTHON" -m benchmarks --device cuda --seconds "${SECONDS_PER_PAIR:-0.5}" "$@"
+# An illegal access ends all that a process does on the GPU, so no other dtype's tests share it.
+groups=(bfloat16 float16 float32 float64)
+if has tests; then
+  for dtype in "${groups[@]}"; do start "tests_$dtype" 240 $(pytest tests/cuda/test_on_gpu.py) -k "torch.$dtype"; done
+  start tests_others 240 $(pytest tests/cuda/test_on_gpu.py) -k "not torch."
+  start tests_maps 240 $(pytest tests/cuda --ignore tests/cuda/test_on_gpu.py --ignore tests/cuda/test_conformance.py)
+  finish "${groups[@]/#/tests_}" tests_others tests_maps
+fi
+
+if has sanitizer; then
+  if sanitizer=$(command -v compute-sanitizer); then
+    checks=(memcheck racecheck synccheck)
+    for check in "${checks[@]}"; do
+      start "$check" 150 "$sanitizer" --tool "$check" --error-exitcode 1 $(pytest tests/cuda/test_on_gpu.py) \
+        -k "torch.bfloat16 and (causal_bottom_right or grouped_query or everything or one_row) or tf32 and everything"
+    done
+    finish "${checks[@]}"
+  else
+    say "compute-sanitizer is not installed: its stage is left out"
+  fi
+fi
+
+if has benchmark; then
+  benchmark() {  # its results are written pair by pair, so that a limit keeps what there is
+    local name=$1 seconds=$2
+    shift 2
+    start "$name" "$seconds" "$PYTHON" -m benchmarks --device cuda --seconds "${SECONDS_PER_PAIR:-0.1}" --no-accuracy "$@"
+    finish "$name"
   }
-  benchmark --dtype float16 bfloat16 --sdpa flash efficient cudnn --name "$gpu"
-  benchmark --dtype float16 bfloat16 --sdpa flash --mode forward+backward --deterministic --name "${gpu}_deterministic"
-  benchmark --dtype float32 --sdpa efficient --name "${gpu}_float32"
-  benchmark --dtype float32 --sdpa efficient --tf32 --name "${gpu}_tf32"
+  benchmark benchmark_half 150 --dtype bfloat16 float16 --sdpa flash cudnn efficient --name "$gpu"
+  benchmark benchmark_deterministic 40 --dtype bfloat16 --sdpa flash --mode forward+backward --deterministic \
+    --name "${gpu}_deterministic"
+  benchmark benchmark_float32 40 --dtype float32 --sdpa efficient --name "${gpu}_float32"
+  benchmark benchmark_tf32 40 --dtype float32 --sdpa efficient --tf32 --name "${gpu}_tf32"
 fi
+
+say "summary"
+printf '%s\n' "${summary[@]}"
+exit $failed

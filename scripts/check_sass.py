@@ -36,23 +36,43 @@ PLANNED_HMMA = {
         "key_value_gradient_kernel": {64: (128, 128), 128: (256, 256)},
     },
 }
-# The 16-bit ones come in two types.
-SM80_KERNELS = sum(
-    2 * len(widths) * (2 if instruction == "HMMA.16816.F32" else 1)
-    for instruction, kernels in PLANNED_HMMA.items()
-    for widths in kernels.values()
-)
-SIMT_KERNELS = 9
-SELECTION_KERNELS = 8
+# The same of kernels that come in one kind for each type: for 16-bit types and for TF32, by width where they have one.
+PLANNED_HMMA_OF_TYPE = {
+    "map_statistics_kernel": (32, 64),
+    "map_column_kernel": (32, 64),
+    "map_weights_kernel": (32, 64),
+    "map_row_terms_kernel": (32, 64),
+    "map_query_gradient_kernel": (96, 192),
+    "map_key_gradient_kernel": (96, 192),
+    "map_mask_gradient_kernel": (32, 64),
+    "mask_gradient_kernel": (64, 128),
+}
+PLANNED_HMMA_OF_WIDTH = {"select_keys_kernel": {64: 32, 128: 64}}  # in both 16-bit types
+# Of those, the ones that write rows of a tensor.
+STORES_ROWS = ("map_weights_kernel", "map_query_gradient_kernel", "map_key_gradient_kernel")
+
+# How many kernels there are of each family. The 16-bit ones come in two types.
+EXPECTED = {
+    "tensor-core": sum(
+        2 * len(widths) * (2 if instruction == "HMMA.16816.F32" else 1)
+        for instruction, kernels in PLANNED_HMMA.items()
+        for widths in kernels.values()
+    ),
+    "tensor-core map": 3 * len(PLANNED_HMMA_OF_TYPE),
+    "tensor-core selection": 2 * sum(len(widths) for widths in PLANNED_HMMA_OF_WIDTH.values()),
+    "portable": 11,
+    "portable map": 2 * 7,
+    "portable selection": 8,
+}
 # The widest kernels, with rows of 512 bytes, and one of hard attention's may spill this much, once outside their loops;
 # all others nothing.
 WIDEST_SPILL_BYTES = 32
 WIDEST = {"HMMA.16816.F32": 256, "HMMA.1688.F32.TF32": 128}
 
-SM80_NAME = re.compile(r"4sm80\d+([a-z_]+_kernel)I(f|\S*?\dB?Float16E)Li(\d+)ELb([01])E")
 TYPES = {"f": "float", "d": "double"}
-SELECTION_NAME = re.compile(r"4simt\d+(select(?:ion)?_[a-z_]+_kernel)I([fd])(?:Li\d+)?E")
-SIMT_NAME = re.compile(r"4simt\d+([a-z_]+_kernel)I([fd])Li(\d+)E")
+TYPE = r"(f|d|\S*?\d(?:BFloat16|Float16)E)"
+SM80_NAME = re.compile(rf"4sm80\d+([a-z_]+_kernel)I{TYPE}(?:Li(\d+)E)?(?:Lb([01])E)?E")
+SIMT_NAME = re.compile(r"4simt\d+([a-z_]+_kernel)I([fd])(?:Li(\d+)E)?E")
 
 
 @dataclass
@@ -104,65 +124,98 @@ def disassemble(library: Path, architecture: str) -> list[Kernel]:
     return list(kernels.values())
 
 
-def check_sm80(kernel: Kernel, name: str, instruction: str, width: int, full: bool) -> list[str]:
-    problems = []
-    planned = PLANNED_HMMA[instruction][name][width][full]
-    if not kernel.count(instruction) == kernel.count("HMMA") == planned:
-        problems.append(f"{kernel.count('HMMA')} HMMA in place of {planned} {instruction}")
-    if name == "all_gradients_kernel" and kernel.count("ATOM"):
-        problems.append("its atomic sums wait for the old value")
-    if kernel.count("LDGSTS") == 0 or kernel.count("LDGSTS") != kernel.count("LDGSTS", ".128"):
-        problems.append("its asynchronous copies are not all of 16 bytes")
-    if kernel.count("STG", ".128") == 0:
-        problems.append("it does not store 16 bytes at a time")
-    if kernel.stack > (WIDEST_SPILL_BYTES if width == WIDEST[instruction] else 0):
-        problems.append(f"{kernel.stack} bytes of registers are spilled")
-    return problems
+@dataclass
+class Plan:
+    """What is expected of a kernel."""
+
+    family: str
+    label: str
+    hmma: str = ""  # the matrix instruction; empty: none
+    hmma_count: int = 0
+    stores_rows: bool = False
+    spill_bytes: int = 0
 
 
-def check_simt(kernel: Kernel, name: str, width: int) -> list[str]:
+def type_name(mangled: str) -> str:
+    return TYPES.get(mangled) or ("BFloat16" if "BFloat16" in mangled else "Float16")
+
+
+def plan_of(name: str) -> Plan | None:
+    """None: a kernel of which nothing is expected."""
+    if found := SM80_NAME.search(name):
+        kernel, is_float = found[1], found[2] == "f"
+        instruction = "HMMA.1688.F32.TF32" if is_float else "HMMA.16816.F32"
+        label = f"sm80 {kernel} {'TF32' if is_float else type_name(found[2])}"
+        if kernel in PLANNED_HMMA_OF_TYPE:
+            count = PLANNED_HMMA_OF_TYPE[kernel][is_float]
+            return Plan("tensor-core map", label, instruction, count, kernel in STORES_ROWS)
+        width = int(found[3] or 0)
+        if kernel in PLANNED_HMMA_OF_WIDTH:
+            count = PLANNED_HMMA_OF_WIDTH[kernel][width]
+            return Plan("tensor-core selection", f"{label} {width}", instruction, count)
+        if kernel not in PLANNED_HMMA[instruction] or found[4] is None:
+            return None
+        full = found[4] == "1"
+        return Plan(
+            "tensor-core",
+            f"{label} {width} {'full' if full else 'plain'}",
+            instruction,
+            PLANNED_HMMA[instruction][kernel][width][full],
+            True,
+            WIDEST_SPILL_BYTES if width == WIDEST[instruction] else 0,
+        )
+    if found := SIMT_NAME.search(name):
+        kernel, width = found[1], int(found[3] or 0)
+        family = "portable"
+        if kernel.startswith("select"):
+            family = "portable selection"
+        elif kernel.startswith("map_"):
+            family = "portable map"
+        elif width == 0 and kernel != "mask_gradient_kernel":
+            return None
+        may_spill = (kernel, width) == ("key_value_gradient_kernel", 128) or kernel == "selection_mask_gradient_kernel"
+        spill_bytes = WIDEST_SPILL_BYTES if may_spill else 0
+        return Plan(family, f"simt {kernel} {type_name(found[2])} {width or ''}".rstrip(), spill_bytes=spill_bytes)
+    return None
+
+
+def problems_of(kernel: Kernel, plan: Plan) -> list[str]:
     problems = []
-    if kernel.count("LDG", ".128") == 0:
-        problems.append("it does not load 16 bytes at a time")
-    if kernel.count("LDS", ".128") == 0:
-        problems.append("it does not read shared memory 16 bytes at a time")
-    may_spill = (name, width) == ("key_value_gradient_kernel", 128) or name == "selection_mask_gradient_kernel"
-    if kernel.stack > (WIDEST_SPILL_BYTES if may_spill else 0):
+    if plan.hmma:
+        if not kernel.count(plan.hmma) == kernel.count("HMMA") == plan.hmma_count:
+            problems.append(f"{kernel.count('HMMA')} HMMA in place of {plan.hmma_count} {plan.hmma}")
+        if "all_gradients" in plan.label and kernel.count("ATOM"):
+            problems.append("its atomic sums wait for the old value")
+        if kernel.count("LDGSTS") == 0 or kernel.count("LDGSTS") != kernel.count("LDGSTS", ".128"):
+            problems.append("its asynchronous copies are not all of 16 bytes")
+        if plan.stores_rows and kernel.count("STG", ".128") == 0:
+            problems.append("it does not store 16 bytes at a time")
+    else:
+        if kernel.count("LDG", ".128") == 0:
+            problems.append("it does not load 16 bytes at a time")
+        if kernel.count("LDS", ".128") == 0:
+            problems.append("it does not read shared memory 16 bytes at a time")
+    if kernel.stack > plan.spill_bytes:
         problems.append(f"{kernel.stack} bytes of registers are spilled")
     return problems
 
 
 def check(library: Path, architecture: str) -> list[str]:
     """Prints a line for each kernel; returns what is wrong."""
-    problems, sm80, simt, selection = [], 0, 0, 0
+    problems, found = [], Counter[str]()
     for kernel in disassemble(library, architecture):
-        if found := SM80_NAME.search(kernel.name):
-            name, width, full = found[1], int(found[3]), found[4] == "1"
-            instruction = "HMMA.1688.F32.TF32" if found[2] == "f" else "HMMA.16816.F32"
-            if name not in PLANNED_HMMA[instruction]:
-                continue
-            dtype = "TF32" if found[2] == "f" else "BFloat16" if "BFloat16" in found[2] else "Float16"
-            label = f"sm80 {name} {dtype} {width} {'full' if full else 'plain'}"
-            wrong, sm80 = check_sm80(kernel, name, instruction, width, full), sm80 + 1
-        elif found := SELECTION_NAME.search(kernel.name):
-            label = f"simt {found[1]} {TYPES[found[2]]}"
-            wrong, selection = check_simt(kernel, found[1], 0), selection + 1
-        elif found := SIMT_NAME.search(kernel.name):
-            name, dtype, width = found[1], TYPES[found[2]], int(found[3])
-            label = f"simt {name} {dtype} {width}"
-            wrong, simt = check_simt(kernel, name, width), simt + 1
-        else:
+        plan = plan_of(kernel.name)
+        if plan is None:
             continue
+        found[plan.family] += 1
+        wrong = problems_of(kernel, plan)
         print(
-            f"{architecture:7} {label:50} {kernel.registers:4} registers {kernel.stack:4} bytes spilled "
+            f"{architecture:7} {plan.label:50} {kernel.registers:4} registers {kernel.stack:4} bytes spilled "
             f"{kernel.count('HMMA'):4} HMMA {'; '.join(wrong) or 'ok'}"
         )
-        problems += [f"{architecture} {label}: {problem}" for problem in wrong]
-    if (sm80, simt, selection) != (SM80_KERNELS, SIMT_KERNELS, SELECTION_KERNELS):
-        problems.append(
-            f"{architecture}: found {sm80} tensor-core, {simt} portable and {selection} of hard attention's kernels "
-            f"in place of {SM80_KERNELS}, {SIMT_KERNELS} and {SELECTION_KERNELS}"
-        )
+        problems += [f"{architecture} {plan.label}: {problem}" for problem in wrong]
+    if found != EXPECTED:
+        problems.append(f"{architecture}: found {dict(found)} kernels in place of {EXPECTED}")
     return problems
 
 
@@ -170,7 +223,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("library", nargs="?", type=Path, default=LIBRARY)
     library = parser.parse_args().library
-    problems = [problem for architecture in ARCHITECTURES for problem in check(library, architecture)]
+    built = set(re.findall(r"\.(sm_\d+a?)\.", cuobjdump("-lelf", str(library))))
+    architectures = [architecture for architecture in ARCHITECTURES if architecture in built]
+    problems = [problem for architecture in architectures for problem in check(library, architecture)]
+    if not architectures:
+        problems = [f"the library holds machine code for {sorted(built)}, and plans are for {ARCHITECTURES}"]
     for problem in problems:
         print(problem, file=sys.stderr)
     return 1 if problems else 0

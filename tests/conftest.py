@@ -13,11 +13,22 @@ import torch
 import torch_attn  # noqa: F401  (registers the operators)
 
 SESSION_SEED = int(os.environ.get("TORCH_ATTN_TEST_SEED", random.SystemRandom().randrange(2**31)))
+os.environ["TORCH_ATTN_TEST_SEED"] = str(SESSION_SEED)  # what is printed is the seed of all workers
+
+# Folders whose tests compile into one place: with `pytest -n 2 --dist loadgroup` one worker runs them all.
+ONE_WORKER = ("build", "examples")
 
 
 def pytest_report_header() -> str:
     isas = " ".join(torch.ops.torch_attn.cpu_isas())
     return f"torch {torch.__version__}, instruction sets {isas}; inputs drawn with TORCH_ATTN_TEST_SEED={SESSION_SEED}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        folder = item.path.parent.name
+        if folder in ONE_WORKER:
+            item.add_marker(pytest.mark.xdist_group(folder))
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@ own accumulator type as the yardstick of what its precision allows."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,11 +14,12 @@ from torch import Tensor
 from torch_attn import reference
 
 from .cases import CASES, Case
-from .oracle import DIFFERENTIABLE_OPTIONS, largest, max_error
+from .oracle import DIFFERENTIABLE_OPTIONS, RoundedProducts, largest, max_error, rounded_to_tf32
 
 MAP_CASES = [case for case in CASES if case.name not in ("dropout", "dropout_causal_grouped")]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 Results = dict[str, Tensor]
+Rounding = Callable[[Tensor], Tensor]
 ASKED: dict[str, Any] = {"top_k": 3, "mass_window": 5}
 STATISTICS = (
     "logsumexp",
@@ -36,6 +38,11 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def accumulator_of(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def rounding_of_tensor_cores(dtype: torch.dtype) -> Rounding:
+    """How tensor cores round the operands of products that come in the dtype, float32 to TF32."""
+    return rounded_to_tf32 if dtype == torch.float32 else lambda x: x.to(dtype).float()
 
 
 def draw(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -80,17 +87,25 @@ def with_gradients(
 
 
 def assert_within_precision(
-    actual: Results, reference: Callable[..., Results], dtype: torch.dtype, *call: Any, factor: float = 4
+    actual: Results,
+    reference: Callable[..., Results],
+    dtype: torch.dtype,
+    *call: Any,
+    factor: float = 4,
+    rounded: Rounding | None = None,
 ) -> Results:
     """Every number is as near to float64 as ``factor`` times the reference in the accumulator type is, and a few units
-    in the last place of the largest number more; what is returned in 16 bits may be rounded to these. Returns float64's
+    in the last place of the largest number more; what is returned in 16 bits may be rounded to these. ``rounded``: how
+    matrix instructions round the operands of their products, which the yardstick then does, too. Returns float64's
     answer."""
     accumulator = accumulator_of(dtype)
 
     def in_type(to: torch.dtype) -> Results:
         return reference(*(cast_all(x, to) for x in call))
 
-    exact, yardstick = in_type(torch.float64), in_type(accumulator)
+    exact = in_type(torch.float64)
+    with RoundedProducts(rounded) if rounded else contextlib.nullcontext():
+        yardstick = in_type(accumulator)
     for name, value in actual.items():
         if not value.is_floating_point():
             continue
@@ -131,10 +146,9 @@ def in_float64(*tensors: Tensor) -> list[Tensor]:
     return [x.double() for x in tensors]
 
 
-def assert_keys_hold_the_largest_weights(actual: Results, weights: Tensor) -> None:
+def assert_keys_hold_the_largest_weights(actual: Results, weights: Tensor, bound: float = 1e-4) -> None:
     """Of scores that rounding makes equal either may come first: the chosen keys' weights decide, not their numbers."""
     attended = (weights > 0).sum(-1)
-    bound = 1e-4
     assert torch.equal(actual["argmax"] < 0, attended == 0)
     indices = actual["top_indices"]
     assert torch.equal((indices >= 0).sum(-1), attended.clamp(max=ASKED["top_k"]))

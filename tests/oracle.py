@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,17 +27,36 @@ class Call:
     key: Tensor
     value: Tensor
     options: dict[str, Any]
-    grad_out: Tensor
+    grad_out: Tensor | None  # None: a call that has no gradients
     grad_logsumexp: Tensor | None
 
-    def to(self, dtype: torch.dtype) -> Call:
-        def cast(x: Any) -> Any:
-            return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+    def mapped(self, function: Callable[[Any], Any]) -> Call:
+        """The same call of other tensors."""
+        options = {name: function(x) for name, x in self.options.items()}
+        names = ("query", "key", "value", "grad_out", "grad_logsumexp")
+        return dataclasses.replace(self, **{n: function(getattr(self, n)) for n in names}, options=options)
 
-        options = {name: cast(x) for name, x in self.options.items()}
-        return Call(
-            *map(cast, (self.query, self.key, self.value)), options, cast(self.grad_out), cast(self.grad_logsumexp)
-        )
+    def to(self, dtype: torch.dtype) -> Call:
+        return self.mapped(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x)
+
+    def longest_key(self) -> int:
+        return self.key.size(2)
+
+    def reference(
+        self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], keep_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Output and logsumexp by the definition."""
+        return reference.attention(query, key, value, **options, keep_mask=keep_mask)[:2]
+
+    def kernel(
+        self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Output and logsumexp of our operators, and the dropout mask that the call drew, if any."""
+        out, logsumexp, rng_state = torch.ops.torch_attn.attention_forward(query, key, value, **options)
+        keep = None
+        if (p := options.get("dropout_p", 0.0)) > 0:
+            keep = torch.ops.torch_attn.dropout_keep_mask(rng_state, *query.shape[:3], key.size(2), p)
+        return out, logsumexp, keep
 
     def leaves(self) -> dict[str, Tensor]:
         named = {"query": self.query, "key": self.key, "value": self.value}
@@ -47,6 +68,8 @@ class Call:
 
 
 def backward(call: Call, leaves: dict[str, Tensor], out: Tensor, logsumexp: Tensor) -> dict[str, Tensor]:
+    if call.grad_out is None:
+        return {}
     loss = (out * call.grad_out.to(out.dtype)).sum()
     if call.grad_logsumexp is not None:  # a row with nothing to attend has logsumexp −inf and no gradient from it
         finite = logsumexp.isfinite()
@@ -55,26 +78,23 @@ def backward(call: Call, leaves: dict[str, Tensor], out: Tensor, logsumexp: Tens
     return {f"grad_{name}": g for name, g in zip(leaves, grads, strict=True) if g is not None}
 
 
-def run_reference(call: Call, keep_mask: Tensor | None) -> dict[str, Tensor]:
-    leaves = {name: x.detach().clone().requires_grad_() for name, x in call.leaves().items()}
+def differentiable_inputs(call: Call) -> tuple[dict[str, Tensor], tuple[Any, ...]]:
+    """The call's leaves, requiring grad, and query, key, value and the options made of them."""
+    leaves = {name: x.detach().clone().requires_grad_(call.grad_out is not None) for name, x in call.leaves().items()}
     options = call.options | {n: x for n, x in leaves.items() if n in DIFFERENTIABLE_OPTIONS}
-    out, logsumexp, _ = reference.attention(
-        leaves["query"], leaves["key"], leaves["value"], **options, keep_mask=keep_mask
-    )
+    return leaves, (leaves["query"], leaves["key"], leaves["value"], options)
+
+
+def run_reference(call: Call, keep_mask: Tensor | None) -> dict[str, Tensor]:
+    leaves, inputs = differentiable_inputs(call)
+    out, logsumexp = call.reference(*inputs, keep_mask)
     return {"out": out.detach(), "logsumexp": logsumexp.detach()} | backward(call, leaves, out, logsumexp)
 
 
 def run_kernel(call: Call) -> tuple[dict[str, Tensor], Tensor | None]:
     """Our operators, forward and backward. Also returns the dropout mask the call drew, if any."""
-    leaves = {name: x.detach().requires_grad_() for name, x in call.leaves().items()}
-    options = call.options | {n: x for n, x in leaves.items() if n in DIFFERENTIABLE_OPTIONS}
-    out, logsumexp, rng_state = torch.ops.torch_attn.attention_forward(
-        leaves["query"], leaves["key"], leaves["value"], **options
-    )
-    keep = None
-    if call.options.get("dropout_p", 0.0) > 0:
-        sizes = (*call.query.shape[:3], call.key.size(2))
-        keep = torch.ops.torch_attn.dropout_keep_mask(rng_state, *sizes, call.options["dropout_p"])
+    leaves, inputs = differentiable_inputs(call)
+    out, logsumexp, keep = call.kernel(*inputs)
     return {"out": out.detach(), "logsumexp": logsumexp.detach()} | backward(call, leaves, out, logsumexp), keep
 
 
@@ -87,10 +107,7 @@ def neighbour(call: Call) -> Call:
         nudged = x * (1 + 8 * torch.finfo(x.dtype).eps * (torch.rand_like(x) - 0.5))
         return torch.where(nudged.isfinite(), nudged, x)
 
-    options = {name: nudge(x) for name, x in call.options.items()}
-    return Call(
-        *map(nudge, (call.query, call.key, call.value)), options, nudge(call.grad_out), nudge(call.grad_logsumexp)
-    )
+    return call.mapped(nudge)
 
 
 def rounded_to_tf32(x: Tensor) -> Tensor:
@@ -99,14 +116,18 @@ def rounded_to_tf32(x: Tensor) -> Tensor:
     return torch.where(x.isfinite(), ((bits + 0x1000) & ~0x1FFF).view(torch.float32), x)
 
 
-class TF32Products(TorchDispatchMode):
+class RoundedProducts(TorchDispatchMode):
     """Rounds the operands of every float32 matrix product, as a GPU does where TF32 is allowed; backward's, too."""
 
     PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.bmm.default)
 
+    def __init__(self, rounded: Callable[[Tensor], Tensor] = rounded_to_tf32) -> None:
+        super().__init__()
+        self.rounded = rounded
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func in self.PRODUCTS:
-            args = tuple(rounded_to_tf32(x) if x.dtype == torch.float32 else x for x in args)
+            args = tuple(self.rounded(x) if x.dtype == torch.float32 else x for x in args)
         return func(*args, **(kwargs or {}))
 
 
@@ -138,7 +159,7 @@ class Yardstick:
         dtype = call.query.dtype
         accumulator = accumulator_of(dtype)
         exact = run_reference(call.to(torch.float64), self.keep_mask)
-        with TF32Products() if self.tf32 else contextlib.nullcontext():
+        with RoundedProducts() if self.tf32 else contextlib.nullcontext():
             in_accumulator = run_reference(call.to(accumulator), self.keep_mask)
         in_dtype = run_reference(call, self.keep_mask) if dtype != accumulator else in_accumulator
         errors = {}
@@ -194,12 +215,10 @@ def assert_accurate(
         granted = units * max(1.0, largest(exact[name]))
         if name.removeprefix("grad_") in DIFFERENTIABLE_OPTIONS:
             rows_summed = max(1.0, actual["logsumexp"].numel() / max(1, actual[name].numel()))
-            distance = call.key.size(2) if name == "grad_alibi_slopes" else 1
+            distance = call.longest_key() if name == "grad_alibi_slopes" else 1
             rounding = units + (eps if rows_summed > 1 else 0.0)
             granted += 3 * rounding * math.sqrt(rows_summed) * distance  # three standard deviations
         factor = gradient_factor if name.startswith("grad") else forward_factor
-        if tf32 and name == "grad_attn_mask":
-            factor *= 4  # its kernel recomputes the scores in float32, but logsumexp is that of TF32's
         return factor * torchs[name] + granted
 
     errors = {name: max_error(value, exact[name]) for name, value in actual.items()}

@@ -373,16 +373,17 @@ def _attention_with_weights(
 
     The weights are (N, H, L, S), or (N, L, S) for ``average``, their mean over the heads.
     """
+    if dropout_p == 0.0:
+        out, weights, _ = torch.ops.torch_attn.attention_with_weights_forward(
+            q, k, v, attn_mask=mask, is_causal=is_causal, mean=average
+        )
+        return out, weights
     out, logsumexp, rng_state = torch.ops.torch_attn.attention_forward(
         q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal
     )
-    heads = "mean" if average and dropout_p == 0.0 else "all"
-    weights = torch.ops.torch_attn.attention_weights(
-        q, k, attn_mask=mask, is_causal=is_causal, logsumexp=logsumexp, heads=heads
-    )
-    if dropout_p > 0.0:
-        batch, num_heads, query_length, key_length = weights.shape
-        keep = torch.ops.torch_attn.dropout_keep_mask(rng_state, batch, num_heads, query_length, key_length, dropout_p)
-        weights = weights * keep * (1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0)
-        weights = weights.mean(1) if average else weights
-    return out, weights
+    weights = torch.ops.torch_attn.attention_weights(q, k, attn_mask=mask, is_causal=is_causal, logsumexp=logsumexp)
+    batch, num_heads, query_length, key_length = weights.shape
+    keep = torch.ops.torch_attn.dropout_keep_mask(rng_state, batch, num_heads, query_length, key_length, dropout_p)
+    kept = weights * keep
+    kept_scale = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
+    return out, (kept.mean(1) if average else kept) * kept_scale

@@ -51,6 +51,11 @@ class _Call:
 
     def fold(self, size: int, randomness: str) -> None:
         """Make ordinary arguments, of a batch ``size`` times as large, of the mapped ones."""
+        for option in ("cu_seqlens_q", "block_table"):
+            if self.arguments.get(option) is not None:
+                raise RuntimeError(
+                    f"vmap: attention with {option} cannot be mapped: add the mapped entries to its sequences instead."
+                )
         name = "query" if "query" in self.arguments else "value"
         self.size = size
         self.batch = self.arguments[name].size(1 if name in self.mapped else 0)
@@ -190,6 +195,7 @@ for _name, _rule in {
     "attention_statistics_forward": _statistics,
     "attention_statistics_backward": _backward,
     "attention_weights_forward": _jvp,
+    "attention_with_weights_forward": _jvp,
     "attention_weights_backward": _backward,
     "select_keys": _forward,
     "select_keys_backward": _backward,

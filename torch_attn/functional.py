@@ -12,7 +12,7 @@ import torch
 import torch.jit._builtins
 from torch import Tensor
 
-CausalAlignment = Literal["top_left", "bottom_right"]
+from .varlen import CausalAlignment, nested_attention
 
 
 def scaled_dot_product_attention(
@@ -38,11 +38,17 @@ def scaled_dot_product_attention(
         scale: factor of query · key; ``1 / sqrt(D)`` when None.
         enable_gqa: allow Hq to be a multiple of Hkv (grouped-query attention, Ainslie et al. 2023).
 
+    query, key and value may also be nested tensors of layout torch.jagged, each the ``transpose(1, 2)`` of
+    (B, ragged length, H, D), without attn_mask; the result is one of query's lengths.
+
     Returns:
         (..., Hq, L, Dv). A row with no key to attend is 0.
 
     Source: Vaswani et al. 2017, "Attention Is All You Need", eq. 1.
     """
+    if query.is_nested or key.is_nested:
+        options = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal}
+        return nested_attention(query, key, value, **options, scale=scale, enable_gqa=enable_gqa)
     return torch.ops.torch_attn.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
@@ -114,7 +120,8 @@ def attention(
     """Attention with every option of the kernels: softmax(softcap(scale · QKᵀ) + ALiBi + mask) V.
 
     Args:
-        query: (..., Hq, L, D), float64, float32, bfloat16 or float16. Leading dimensions broadcast.
+        query: (..., Hq, L, D), float64, float32, bfloat16 or float16. Leading dimensions broadcast. query, key and
+            value may also be nested tensors, as in :func:`scaled_dot_product_attention`.
         key: (..., Hkv, S, D), of query's dtype and device.
         value: (..., Hkv, S, Dv).
         attn_mask: broadcastable to (..., Hq, L, S); bool (True: attend) or floating (added). A floating mask receives
@@ -125,7 +132,7 @@ def attention(
         window_left, window_right: attend keys p − window_left to p + window_right; None: no bound on that side.
         causal_alignment: "top_left" puts row i at key position i, "bottom_right" at i + S − L (S: this entry's key
             length), for is_causal, windows and ALiBi alike.
-        alibi_slopes: (Hq) or (B, Hq); adds −slope · |p − key| (Press et al. 2022).
+        alibi_slopes: (Hq) or (B, Hq); adds ``−slope · |p − key|`` (Press et al. 2022).
         softcap: scores become softcap · tanh(score / softcap), before ALiBi and mask; 0: off (Gemma 2).
         sinks: (Hq), a logit per head that joins the softmax's sum and has no value (gpt-oss; Xiao et al. 2024).
         key_lengths: (B) int32 or int64; keys from key_lengths[b] on are not attended.
@@ -163,6 +170,8 @@ def attention(
         options["key_lengths"] = key_lengths
     if enable_gqa is not False:
         options["enable_gqa"] = enable_gqa
+    if query.is_nested or key.is_nested:
+        return nested_attention(query, key, value, **options, return_logsumexp=return_logsumexp)
     op = torch.ops.torch_attn.attention_with_logsumexp if return_logsumexp else torch.ops.torch_attn.attention
     return op(query, key, value, **options)
 

@@ -88,13 +88,15 @@ def hard_attention(
         enable_gqa: allow Hq to be a multiple of Hkv; query head h reads key head h // (Hq / Hkv).
 
     Returns:
-        output: (..., Hq, L, Dv) in query's dtype; (n, ..., Hq, L, Dv) when n > 1, one for each draw.
-        indices: int64, output's shape without Dv; (..., Hq, L, k) for "top_k", by falling score. −1, with output 0
-            and log_prob 0, where no key is left to choose: in rows with nothing to attend, and when more keys are
-            drawn without replacement, or taken by "top_k", than a row attends. Of equal scores the lowest index wins.
-        log_prob: indices' shape, float32 (float64 for float64): log P of the chosen key. Without replacement, too, it
-            is the log-probability under the full softmax, which Kool et al.'s estimators start from.
-        entropy: (..., Hq, L), of P in nats (sink included); 0 for a row with nothing to attend.
+        A :class:`HardAttention` of
+
+        - ``output``: (..., Hq, L, Dv) in query's dtype; (n, ..., Hq, L, Dv) when n > 1, one for each draw.
+        - ``indices``: int64, output's shape without Dv; (..., Hq, L, k) for "top_k", by falling score. −1, with output
+          0 and log_prob 0, where no key is left to choose: in rows with nothing to attend, and when more keys are drawn
+          without replacement, or taken by "top_k", than a row attends. Of equal scores the lowest index wins.
+        - ``log_prob``: indices' shape, float32 (float64 for float64): log P of the chosen key. Without replacement,
+          too, it is the log-probability under the full softmax, which Kool et al.'s estimators start from.
+        - ``entropy``: (..., Hq, L), of P in nats (sink included); 0 for a row with nothing to attend.
 
     Raises:
         ValueError: a number or string out of its range.

@@ -15,6 +15,7 @@ from torch import Tensor
 from ._library import LIBRARY, build_info
 
 ISA_VARIABLE = "TORCH_ATTN_CPU_ISA"
+OPERATIONS = ("attention", "attention_weights", "attention_statistics", "hard_attention")
 
 
 def cuda_state(build: dict[str, str]) -> str:
@@ -59,8 +60,9 @@ class Explanation:
 def explain(
     query: Tensor,
     key: Tensor,
-    value: Tensor,
+    value: Tensor | None = None,
     *,
+    operation: str = "attention",
     backward: bool = False,
     compute_capability: int | None = None,
     multiprocessors: int | None = None,
@@ -80,6 +82,8 @@ def explain(
 
     Args:
         query, key, value: (B, Hq, L, D), (B, Hkv, S, D), (B, Hkv, S, Dv); their values are not read.
+            Maps have no value.
+        operation: ask about another function: "attention_weights", "attention_statistics" or "hard_attention".
         backward: ask about the gradients, not about the output.
         compute_capability: of a GPU to ask about, for instance 80 for sm_80, whatever the tensors' device is; None: ask
             about the tensors' own device.
@@ -88,7 +92,14 @@ def explain(
 
     Raises:
         RuntimeError: where a GPU is asked about and the library holds no CUDA kernels, or the arguments are wrong.
+        ValueError: where operation is none of those.
     """
+    if operation not in OPERATIONS:
+        raise ValueError(f"explain: operation must be one of {', '.join(OPERATIONS)}, but it is {operation}.")
+    if value is None:
+        if operation in ("attention", "hard_attention"):
+            raise ValueError(f"explain: value must be given where operation is {operation}.")
+        value = key[..., :0]
     composite = Answer("composite", True, "PyTorch's operators, which store the scores")
     if query.device.type == "cpu" and compute_capability is None:
         return Explanation((Answer("cpu", True, f"compiled for {torch.ops.torch_attn.cpu_isa()}"), composite))
@@ -116,6 +127,7 @@ def explain(
         backward=backward,
         compute_capability=compute_capability or 0,
         multiprocessors=multiprocessors or 0,
+        operation=operation,
     )
     triples = zip(texts[::3], texts[1::3], texts[2::3], strict=True)
     return Explanation(tuple(Answer(tier, not refusal, refusal or form) for tier, form, refusal in triples))

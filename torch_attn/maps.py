@@ -67,8 +67,8 @@ def attention_statistics(
     Args:
         query: (..., Hq, L, D), float64, float32, bfloat16 or float16. Leading dimensions broadcast.
         key: (..., Hkv, S, D), of query's dtype and device.
-        attn_mask, is_causal, scale, window_left, window_right, causal_alignment, alibi_slopes, softcap, sinks,
-            key_lengths, enable_gqa: as in :func:`torch_attn.attention`.
+        attn_mask, is_causal, scale, window_left, window_right, causal_alignment: as in :func:`torch_attn.attention`.
+        alibi_slopes, softcap, sinks, key_lengths, enable_gqa: likewise.
         top_k: how many of each row's largest weights to return; 0: none.
         mass_window: return each row's mass within so many keys of its own place; None: do not.
         column_sum: return the sums over rows. They cost a second pass.
@@ -137,8 +137,8 @@ def attention_weights(
     Args:
         query: (..., Hq, L, D), float64, float32, bfloat16 or float16. Leading dimensions broadcast.
         key: (..., Hkv, S, D), of query's dtype and device.
-        attn_mask, is_causal, scale, window_left, window_right, causal_alignment, alibi_slopes, softcap, sinks,
-            key_lengths, enable_gqa: as in :func:`torch_attn.attention`.
+        attn_mask, is_causal, scale, window_left, window_right, causal_alignment: as in :func:`torch_attn.attention`.
+        alibi_slopes, softcap, sinks, key_lengths, enable_gqa: likewise.
         logsumexp: (..., Hq, L), what :func:`torch_attn.attention` returned for the same query, key and options: saves
             the pass that computes it. No gradient flows to it: the weights are differentiated as the softmax they are.
         heads: "all"; "mean": their mean, summed as the heads are computed; or the indices of the wanted query heads.

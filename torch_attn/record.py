@@ -1,6 +1,6 @@
 """record_attention: the attention maps of every layer of a running model, or statistics of them.
 
-What a layer computed is taken where it passes the dispatcher, at the operator ``attention_forward``: below autograd and
+What a layer computed is taken where it passes the dispatcher, at the operators in ``_LOGSUMEXP``: below autograd and
 autocast, for every caller alike, so that nothing of the model or its gradients changes. Hooks on modules say which
 layer it was.
 """
@@ -25,6 +25,13 @@ Reduce = Literal["mean", "sum"] | Callable[[Tensor], Tensor] | None
 
 # Their mean over a batch says nothing.
 _INDICES = ("argmax", "top_indices")
+
+# The operators that attend, which take query and key first: where logsumexp is among their results.
+_LOGSUMEXP = {
+    torch.ops.torch_attn.attention_forward.default: 1,
+    torch.ops.torch_attn.attention_with_weights_forward.default: 2,
+}
+_NOT_OF_MAPS = ("dropout_p", "rng_state", "mean")  # the arguments that maps do not take
 
 
 class AttentionRecord:
@@ -123,16 +130,19 @@ def record_attention(
 ) -> Iterator[AttentionRecord]:
     """Collect what the attention layers of ``model`` attend while it runs in the ``with`` block.
 
+    ::
+
         with torch_attn.record_attention(model, heads="mean") as record:
             model(x)
         record.maps["encoder.layers.0.self_attn"][0]  # (B, L, S)
 
     Recorded is every attention that this library computes inside ``model``: :class:`torch_attn.MultiheadAttention`,
-    replaced :class:`torch.nn.MultiheadAttention`, transformers through ``attn_implementation="torch_attn"``, and layers
-    of your own that call :func:`torch_attn.attention` or :func:`torch_attn.scaled_dot_product_attention`. The model's
-    outputs and gradients are bit-equal to a run without it. Weights are those before dropout; leading dimensions are
-    flattened into one, B. A forward pass repeated by activation checkpointing in backward is not recorded again. Other
-    threads are not recorded. Blocks may be nested.
+    replaced :class:`torch.nn.MultiheadAttention`, transformers through ``attn_implementation="torch_attn"``, PyTorch's
+    ``scaled_dot_product_attention`` inside :class:`torch_attn.patch_sdpa`, and layers of your own that call
+    :func:`torch_attn.attention` or :func:`torch_attn.scaled_dot_product_attention`. The model's outputs and gradients
+    are bit-equal to a run without it. Weights are those before dropout; leading dimensions are flattened into one, B. A
+    forward pass repeated by activation checkpointing in backward is not recorded again. Other threads are not recorded.
+    Blocks may be nested.
 
     Args:
         model: the model, whose modules' names name the layers.
@@ -184,13 +194,14 @@ def record_attention(
     if not watch.seen:
         warnings.warn(
             "record_attention saw no attention of torch_attn inside the model: call torch_attn.replace_mha(model), or "
-            'model.set_attn_implementation("torch_attn") for transformers, and run the model in the block.',
+            'model.set_attn_implementation("torch_attn") for transformers, or enter torch_attn.patch_sdpa(), and run '
+            "the model in the block.",
             stacklevel=3,
         )
 
 
 class _Watch(TorchDispatchMode):
-    """Sees every call of ``attention_forward`` in this thread, and knows the module in whose forward it happens."""
+    """Sees every call that attends in this thread, and knows the module in whose forward it happens."""
 
     def __init__(
         self,
@@ -219,16 +230,20 @@ class _Watch(TorchDispatchMode):
         result = func(*args, **kwargs)
         # Inside backward it is a checkpoint that runs forward again.
         repeated = torch._C._current_graph_task_id() != -1
-        if func is torch.ops.torch_attn.attention_forward.default and self._running and not repeated:
+        if func in _LOGSUMEXP and self._running and not repeated:
             layer = self._names[self._running[-1]]
+            if kwargs.get("cu_seqlens_q") is not None or kwargs.get("block_table") is not None:
+                raise RuntimeError(
+                    f"record_attention does not record packed sequences or paged caches, as in {layer!r}."
+                )
             place = self.seen.setdefault(layer, len(self.seen))
             if self._chosen(layer, place):
                 query, key = args[0].detach(), args[1].detach()
-                given = {name: x for name, x in kwargs.items() if name not in ("dropout_p", "rng_state")}
+                given = {name: x for name, x in kwargs.items() if name not in _NOT_OF_MAPS}
                 given = {name: x.detach() if isinstance(x, Tensor) else x for name, x in given.items()}
                 given["enable_gqa"] = query.size(1) != key.size(1)
                 with _disable_current_modes(), torch.no_grad():
-                    self._observe(layer, query, key, result[1].detach(), given)
+                    self._observe(layer, query, key, result[_LOGSUMEXP[func]].detach(), given)
         return result
 
 

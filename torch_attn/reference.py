@@ -175,6 +175,74 @@ def attention(
     return weights.to(value.dtype) @ value, logsumexp, weights
 
 
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    keep_mask: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """:func:`attention` of each sequence by itself: :func:`torch_attn.varlen_attention`.
+
+    Shapes: query (Tq, Hq, D), key (Tk, Hkv, D), value (Tk, Hkv, Dv); ``keep_mask`` (B, Hq, longest query, longest key).
+    Returns the output (Tq, Hq, Dv) and logsumexp (Hq, Tq); rows after the last sequence are 0 and −∞.
+    """
+    outs, logsumexps = [], []
+    for b in range(cu_seqlens_q.numel() - 1):
+        rows = slice(int(cu_seqlens_q[b]), int(cu_seqlens_q[b + 1]))
+        keys = slice(int(cu_seqlens_k[b]), int(cu_seqlens_k[b + 1]))
+        lengths = (rows.stop - rows.start, keys.stop - keys.start)
+        one_out, one_logsumexp, _ = attention(
+            *(x.transpose(0, 1).unsqueeze(0) for x in (query[rows], key[keys], value[keys])),
+            alibi_slopes=alibi_slopes[b] if alibi_slopes is not None and alibi_slopes.dim() == 2 else alibi_slopes,
+            sinks=sinks[b] if sinks is not None and sinks.dim() == 2 else sinks,
+            key_lengths=None if key_lengths is None else key_lengths[b : b + 1],
+            keep_mask=None if keep_mask is None else keep_mask[b : b + 1, :, : lengths[0], : lengths[1]],
+            **options,
+        )
+        outs.append(one_out[0].transpose(0, 1))
+        logsumexps.append(one_logsumexp[0])
+    tail = query[int(cu_seqlens_q[-1]) :]
+    outs.append(tail.new_zeros(*tail.shape[:2], value.size(-1)))
+    logsumexps.append(tail.new_full((tail.size(1), tail.size(0)), -math.inf))
+    return torch.cat(outs), torch.cat(logsumexps, 1)
+
+
+def paged_attention(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, key_lengths: Tensor, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """:func:`attention` of each entry with the keys that its blocks hold: :func:`torch_attn.paged_attention`.
+
+    Shapes: query (B, Hq, L, D), caches (blocks, block_size, Hkv, D or Dv). Returns out (B, Hq, L, Dv) and logsumexp.
+    """
+
+    def gathered(cache: Tensor, b: int) -> Tensor:
+        length = int(key_lengths[b])
+        blocks = block_table[b, : -(-length // cache.size(1))].long()
+        return cache[blocks].flatten(0, 1)[:length].transpose(0, 1).unsqueeze(0)
+
+    options = {"causal_alignment": "bottom_right"} | options
+    slopes, sinks = options.pop("alibi_slopes", None), options.pop("sinks", None)
+    results = [
+        attention(
+            query[b : b + 1],
+            gathered(key_cache, b),
+            gathered(value_cache, b),
+            alibi_slopes=slopes[b] if slopes is not None and slopes.dim() == 2 else slopes,
+            sinks=sinks[b] if sinks is not None and sinks.dim() == 2 else sinks,
+            **options,
+        )[:2]
+        for b in range(query.size(0))
+    ]
+    return torch.cat([out for out, _ in results]), torch.cat([logsumexp for _, logsumexp in results])
+
+
 def attention_statistics(
     query: Tensor,
     key: Tensor,

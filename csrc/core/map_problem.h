@@ -29,6 +29,12 @@ struct WeightsOutputs {
   bool mean = false;
 };
 
+// The same for kernels that can find logsumexp on the way: where it is null, computed_logsumexp and out are written.
+struct SoftmaxOutputs : WeightsOutputs {
+  void* computed_logsumexp = nullptr;  // null: not wanted
+  TensorView out;                      // attention's output, column stride 1; undefined: not wanted
+};
+
 // Backward of both: from d loss / d P, which is the sum of the terms below, to the inputs' gradients. Null or undefined
 // terms are 0. Of BackwardTensors, logsumexp is read, and grad_logsumexp holds for each row
 //   d loss / d logsumexp − Σ P · (d loss / d P)

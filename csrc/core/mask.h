@@ -64,8 +64,8 @@ struct BandMask {
 };
 
 TA_HOST_DEVICE BandMask band_mask(const AttentionProblem& p, int64_t batch) {
-  const int64_t length = p.key_lengths ? p.key_lengths[batch] : p.key_length;
-  const int64_t offset = p.alignment == Alignment::kBottomRight ? length - p.query_length : 0;
+  const int64_t length = p.key_lengths ? p.key_lengths[batch] : p.keys_of(batch);
+  const int64_t offset = p.alignment == Alignment::kBottomRight ? length - p.queries_of(batch) : 0;
   return {length, offset, p.window_left, p.window_right};
 }
 

@@ -17,6 +17,12 @@ struct TensorView {
   int64_t stride[4] = {0, 0, 0, 0};
   ScalarType dtype = ScalarType::kFloat32;
 
+  // A paged key or value: row i of batch entry b is row i % page_rows of the page pages[b · pages_stride +
+  // i / page_rows], and stride[0] leads from page to page. Null: not paged. Forward kernels alone serve it.
+  const int32_t* pages = nullptr;
+  int64_t pages_stride = 0;
+  int64_t page_rows = 0;
+
   TA_HOST_DEVICE bool defined() const { return data != nullptr; }
 };
 
@@ -54,6 +60,14 @@ struct AttentionProblem {
   Alignment alignment = Alignment::kTopLeft;
   const int64_t* key_lengths = nullptr;  // (B), each in [0, S]; null: all are S
 
+  // Packed sequences: query, and all that is laid out like it, holds the rows of all batch entries one after the other,
+  // entry b's from query_starts[b] to query_starts[b + 1], and stride[0] is 0. query_length is then that of the longest
+  // entry, and packed_rows counts all rows, those after the last entry too. Null: every entry has query_length rows.
+  // Keys and values alike. The kernels of attention maps and hard attention do not serve such calls.
+  const int64_t* query_starts = nullptr;  // (B + 1)
+  const int64_t* key_starts = nullptr;    // (B + 1)
+  int64_t packed_rows = 0;                // 0: query is not packed
+
   // Where query holds chosen rows of a longer one: row i is row query_rows[i] of full_query_length, in any order; the
   // mask's rows have been chosen alike. Null: query is whole. Only the kernels of attention maps serve such calls.
   const int64_t* query_rows = nullptr;
@@ -73,13 +87,35 @@ struct AttentionProblem {
 
   TA_HOST_DEVICE int64_t group_size() const { return kv_heads == 0 ? 1 : heads / kv_heads; }
 
+  // One batch entry: how many rows and keys it has, and which of a packed tensor's rows is its first.
+  TA_HOST_DEVICE int64_t queries_of(int64_t batch) const { return length_of(query_starts, query_length, batch); }
+  TA_HOST_DEVICE int64_t keys_of(int64_t batch) const { return length_of(key_starts, key_length, batch); }
+  TA_HOST_DEVICE int64_t first_query(int64_t batch) const { return query_starts ? query_starts[batch] : 0; }
+  TA_HOST_DEVICE int64_t first_key(int64_t batch) const { return key_starts ? key_starts[batch] : 0; }
+
+  // Where in logsumexp and its like, (B, Hq, L) or, of packed sequences, (Hq, packed_rows), the rows of a head start,
+  // and how many numbers there are in all.
+  TA_HOST_DEVICE int64_t first_row(int64_t batch, int64_t head) const {
+    if (query_starts) return head * packed_rows + query_starts[batch];
+    return (batch * heads + head) * (packed_rows > 0 ? packed_rows : query_length);
+  }
+  TA_HOST_DEVICE int64_t all_rows() const { return heads * (packed_rows > 0 ? packed_rows : batch * query_length); }
+
   // The batch_head that dropout.h's counter takes.
   TA_HOST_DEVICE int64_t dropout_batch_head(int64_t b, int64_t h) const {
     return (dropout_batches > 0 ? b % dropout_batches : b) * heads + h;
   }
+
+ private:
+  TA_HOST_DEVICE static int64_t length_of(const int64_t* starts, int64_t longest, int64_t batch) {
+    if (starts == nullptr) return longest;
+    const int64_t length = starts[batch + 1] - starts[batch];
+    return length < longest ? length : longest;
+  }
 };
 
-// What a forward kernel writes. logsumexp is (B, Hq, L), contiguous, accumulator type; out has column stride 1.
+// What a forward kernel writes. logsumexp is (B, Hq, L) or, of packed sequences, (Hq, packed_rows), contiguous,
+// accumulator type, and so is all that is said to be (B, Hq, L) below; out has column stride 1.
 struct ForwardOutputs {
   TensorView out;
   void* logsumexp = nullptr;

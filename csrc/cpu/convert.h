@@ -164,10 +164,32 @@ TA_NOINLINE void store_row(void* out, ScalarType dtype, const Real* __restrict i
   }
 }
 
-// The element (batch, head, row, 0) of a tensor.
+// The element (batch, head, row, 0) of a tensor, whose pages, if it is paged, are looked up here alone.
 TA_INLINE char* element(const TensorView& view, int64_t batch, int64_t head, int64_t row) {
+  if (view.pages != nullptr) {
+    batch = view.pages[batch * view.pages_stride + row / view.page_rows];
+    row %= view.page_rows;
+  }
   const int64_t offset = batch * view.stride[0] + head * view.stride[1] + row * view.stride[2];
   return static_cast<char*>(view.data) + offset * element_size(view.dtype);
+}
+
+// Whether rows [row, row + rows) of one head are stride[2] apart.
+TA_INLINE bool is_one_run(const TensorView& view, int64_t row, int64_t rows) {
+  return view.pages == nullptr || row % view.page_rows + rows <= view.page_rows;
+}
+
+// Calls body(first, row, count) for each run of rows of [row, row + rows) that are stride[2] apart: the element that
+// run starts with, its number, counted from row, and how many there are.
+template <class Body>
+TA_INLINE void for_each_run(const TensorView& view, int64_t batch, int64_t head, int64_t row, int64_t rows,
+                            const Body& body) {
+  if (is_one_run(view, row, rows)) return body(element(view, batch, head, row), int64_t{0}, rows);
+  for (int64_t i = 0; i < rows;) {
+    const int64_t left = view.page_rows - (row + i) % view.page_rows, count = left < rows - i ? left : rows - i;
+    body(element(view, batch, head, row + i), i, count);
+    i += count;
+  }
 }
 
 // The number for (batch, head) of a tensor that has one per head.

@@ -172,13 +172,16 @@ struct DecodeVectors {
   // Rows [row, row + count) of the head: in place where they come in whole vectors, else copied and padded with zeros.
   StoredRows<Stored> block_rows(const TensorView& view, int64_t row, int64_t count, int64_t columns,
                                 Stored* scratch) const {
-    const auto* first = reinterpret_cast<const Stored*>(element(view, batch, kv_head, row));
-    if (count % kLaneCount == 0 && columns % kLaneCount == 0) return {first, view.stride[2]};
+    if (count % kLaneCount == 0 && columns % kLaneCount == 0 && is_one_run(view, row, count))
+      return {reinterpret_cast<const Stored*>(element(view, batch, kv_head, row)), view.stride[2]};
     const int64_t stride = round_up(columns, kLaneCount), all_rows = round_up(count, kLaneCount);
-    __builtin_memset(static_cast<void*>(scratch), 0, all_rows * stride * sizeof(Stored));
-    for (int64_t i = 0; i < count; ++i) {
-      if (columns > 0) __builtin_memcpy(scratch + i * stride, first + i * view.stride[2], columns * sizeof(Stored));
-    }
+    if (all_rows != count || stride != columns)
+      __builtin_memset(static_cast<void*>(scratch), 0, all_rows * stride * sizeof(Stored));
+    for_each_run(view, batch, kv_head, row, count, [&](const char* first, int64_t run, int64_t run_rows) {
+      const auto* from = reinterpret_cast<const Stored*>(first);
+      for (int64_t i = 0; i < run_rows && columns > 0; ++i)
+        __builtin_memcpy(scratch + (run + i) * stride, from + i * view.stride[2], columns * sizeof(Stored));
+    });
     return {scratch, stride};
   }
 };

@@ -1,6 +1,7 @@
 // The functions of kernels.h: the ISA's choice, and the dropout bits, which need no vector code of their own.
 #include "../core/dropout.h"
 #include "kernel_table.h"
+#include "packed.h"
 
 namespace torch_attn::cpu {
 namespace {
@@ -44,21 +45,37 @@ void write_keep_row(void* context, int64_t index) {
 }  // namespace
 
 void attention_forward(const AttentionProblem& problem, const ForwardOutputs& outputs, const Parallel& parallel) {
-  active_kernels().forward(problem, outputs, parallel);
+  const auto kernel = active_kernels().forward;
+  if (!is_packed(problem)) return kernel(problem, outputs, parallel);
+  for_each_sequence(problem, parallel, [&](const Sequence& sequence, const Parallel& inner) {
+    kernel(sequence.problem(), sequence.part_of(outputs), inner);
+  });
 }
 
 void attention_backward(const AttentionProblem& problem, const BackwardTensors& tensors, const Parallel& parallel) {
-  active_kernels().backward(problem, tensors, parallel);
+  const auto kernel = active_kernels().backward;
+  if (!is_packed(problem)) return kernel(problem, tensors, parallel);
+  for_each_sequence(problem, parallel, [&](const Sequence& sequence, const Parallel& inner) {
+    kernel(sequence.problem(), sequence.part_of(tensors), inner);
+  });
 }
 
 void attention_tangent_forward(const AttentionProblem& problem, const Tangents& tangents,
                                const TangentForwardOutputs& outputs, const Parallel& parallel) {
-  active_kernels().tangent_forward(problem, tangents, outputs, parallel);
+  const auto kernel = active_kernels().tangent_forward;
+  if (!is_packed(problem)) return kernel(problem, tangents, outputs, parallel);
+  for_each_sequence(problem, parallel, [&](const Sequence& sequence, const Parallel& inner) {
+    kernel(sequence.problem(), sequence.part_of(tangents), sequence.part_of(outputs), inner);
+  });
 }
 
 void attention_tangent_backward(const AttentionProblem& problem, const Tangents& tangents,
                                 const TangentBackwardTensors& tensors, const Parallel& parallel) {
-  active_kernels().tangent_backward(problem, tangents, tensors, parallel);
+  const auto kernel = active_kernels().tangent_backward;
+  if (!is_packed(problem)) return kernel(problem, tangents, tensors, parallel);
+  for_each_sequence(problem, parallel, [&](const Sequence& sequence, const Parallel& inner) {
+    kernel(sequence.problem(), sequence.part_of(tangents), sequence.part_of(tensors), inner);
+  });
 }
 
 void dropout_keep_mask(const AttentionProblem& problem, bool* out, const Parallel& parallel) {

@@ -1,4 +1,4 @@
-// The functions of map_kernels.h: the choice of the instruction set. AMX runs the AVX-512 kernels.
+// The functions of map_kernels.h: the choice of the instruction set.
 #include "map_kernels.h"
 
 namespace torch_attn::cpu {
@@ -10,8 +10,9 @@ const MapKernelTable& active_kernels() {
     case Isa::kAvx2:
       return kAvx2MapKernels;
     case Isa::kAvx512:
-    case Isa::kAmx:
       return kAvx512MapKernels;
+    case Isa::kAmx:
+      return kAmxMapKernels;
 #endif
     default:
       return kBaselineMapKernels;
@@ -24,7 +25,7 @@ void attention_statistics(const AttentionProblem& problem, const StatisticsOutpu
   active_kernels().statistics(problem, outputs, parallel);
 }
 
-void attention_weights(const AttentionProblem& problem, const WeightsOutputs& outputs, const Parallel& parallel) {
+void attention_weights(const AttentionProblem& problem, const SoftmaxOutputs& outputs, const Parallel& parallel) {
   active_kernels().weights(problem, outputs, parallel);
 }
 

@@ -9,7 +9,7 @@ namespace torch_attn::cpu {
 
 void attention_statistics(const AttentionProblem& problem, const StatisticsOutputs& outputs, const Parallel& parallel);
 
-void attention_weights(const AttentionProblem& problem, const WeightsOutputs& outputs, const Parallel& parallel);
+void attention_weights(const AttentionProblem& problem, const SoftmaxOutputs& outputs, const Parallel& parallel);
 
 // Where rows are selected, their positions must not fall.
 void attention_map_backward(const AttentionProblem& problem, const MapBackwardTensors& tensors,
@@ -18,7 +18,7 @@ void attention_map_backward(const AttentionProblem& problem, const MapBackwardTe
 // What each instruction set's translation unit offers.
 struct MapKernelTable {
   void (*statistics)(const AttentionProblem&, const StatisticsOutputs&, const Parallel&);
-  void (*weights)(const AttentionProblem&, const WeightsOutputs&, const Parallel&);
+  void (*weights)(const AttentionProblem&, const SoftmaxOutputs&, const Parallel&);
   void (*backward)(const AttentionProblem&, const MapBackwardTensors&, const Parallel&);
 };
 
@@ -26,6 +26,7 @@ extern const MapKernelTable kBaselineMapKernels;
 #if defined(__x86_64__)
 extern const MapKernelTable kAvx2MapKernels;
 extern const MapKernelTable kAvx512MapKernels;
+extern const MapKernelTable kAmxMapKernels;
 #endif
 
 }  // namespace torch_attn::cpu

@@ -48,11 +48,12 @@ TA_INLINE Rows<Real> padded_rows(const TensorView& view, int64_t batch, int64_t 
 template <class Real>
 TA_INLINE Rows<Real> key_value_rows(const TensorView& view, int64_t batch, int64_t head, int64_t row, int64_t rows,
                                     int64_t columns, bool few_queries, Real* scratch) {
-  const char* first = element(view, batch, head, row);
-  if (view.dtype == kStoredAs<Real> && (few_queries || view.stride[2] == columns)) {
-    return {reinterpret_cast<const Real*>(first), view.stride[2]};
+  if (view.dtype == kStoredAs<Real> && (few_queries || view.stride[2] == columns) && is_one_run(view, row, rows)) {
+    return {reinterpret_cast<const Real*>(element(view, batch, head, row)), view.stride[2]};
   }
-  load_rows(scratch, columns, view, first, rows, columns);
+  for_each_run(view, batch, head, row, rows, [&](const char* first, int64_t i, int64_t count) TA_INLINE_LAMBDA {
+    load_rows(scratch + i * columns, columns, view, first, count, columns);
+  });
   return {scratch, columns};
 }
 
@@ -68,25 +69,30 @@ TA_INLINE void prefetch_rows(Rows<Real> rows, int64_t first, int64_t count, int6
 // Asks the L2 cache for the block of keys and values after this one, a share before each panel: rows that come from
 // further away would arrive too late for that block's first panel.
 struct NextRows {
-  const char *keys, *values;
+  const char *keys = nullptr, *values = nullptr;
   int64_t key_step, value_step, key_bytes, value_bytes;  // from row to row, and of a row
   int64_t rows, shares;
 
-  // The block that starts at row; left: how many rows there are from it on.
+  // The block that starts at row; left: how many rows there are from it on. Blocks that cross a page are not asked for.
   NextRows(const AttentionProblem& p, int64_t batch, int64_t kv_head, int64_t row, int64_t block, int64_t left,
            int64_t panels)
-      : keys(element(p.key, batch, kv_head, row)),
-        values(element(p.value, batch, kv_head, row)),
-        key_step(p.key.stride[2] * element_size(p.dtype)),
+      : key_step(p.key.stride[2] * element_size(p.dtype)),
         value_step(p.value.stride[2] * element_size(p.dtype)),
         key_bytes(p.head_dim * element_size(p.dtype)),
         value_bytes(p.value_dim * element_size(p.dtype)),
         rows(smaller(block, left)),
-        shares(panels) {}
+        shares(panels) {
+    if (rows <= 0 || !is_one_run(p.key, row, rows) || !is_one_run(p.value, row, rows)) {
+      rows = 0;
+      return;
+    }
+    keys = element(p.key, batch, kv_head, row);
+    values = element(p.value, batch, kv_head, row);
+  }
 
   TA_INLINE void prefetch(int64_t share) const {
     constexpr int kIntoL2 = 2;  // __builtin_prefetch's locality
-    for (int64_t i = larger<int64_t>(0, rows) * share / shares; i < rows * (share + 1) / shares; ++i) {
+    for (int64_t i = rows * share / shares; i < rows * (share + 1) / shares; ++i) {
       for (int64_t j = 0; j < key_bytes; j += 64) __builtin_prefetch(keys + i * key_step + j, 0, kIntoL2);
       for (int64_t j = 0; j < value_bytes; j += 64) __builtin_prefetch(values + i * value_step + j, 0, kIntoL2);
     }
@@ -113,23 +119,35 @@ TA_NOINLINE void pack_panel(Real* panel, int64_t width, const Real* in, int64_t 
   }
 }
 
+// One tile of unpack_panel, as many rows and columns as a vector has lanes; or, unless kWhole, the first of them.
+template <bool kWhole, class Real>
+TA_INLINE void unpack_tile(Real* out, int64_t out_stride, const Real* panel, int64_t width, Vec<Real> multiplier,
+                           int64_t rows, int64_t columns) {
+  constexpr int n = kLanes<Real>;
+  Vec<Real> tile[n];
+#pragma GCC unroll 16
+  for (int j = 0; j < n; ++j) tile[j] = kWhole || j < columns ? load(panel + j * width) * multiplier : Vec<Real>{};
+  transpose_in_registers<Real>(tile);
+#pragma GCC unroll 16
+  for (int i = 0; i < n; ++i) {
+    if (kWhole || i < rows) store(out + i * out_stride, tile[i]);
+  }
+}
+
 // The inverse, for whole vectors of columns: out[i · out_stride + j] = panel[j · width + i] · factor[i] for i < rows.
 template <class Real>
 TA_NOINLINE void unpack_panel(Real* out, int64_t out_stride, const Real* panel, int64_t width, const Real* factor,
                               int64_t rows, int64_t columns) {
   constexpr int n = kLanes<Real>;
-  for (int64_t i0 = 0; i0 < rows; i0 += n) {
-    const Vec<Real> multiplier = load(factor + i0);
-    for (int64_t j0 = 0; j0 < columns; j0 += n) {
-      Vec<Real> tile[n];
-#pragma GCC unroll 16
-      for (int j = 0; j < n; ++j) {
-        tile[j] = j0 + j < columns ? load(panel + (j0 + j) * width + i0) * multiplier : Vec<Real>{};
-      }
-      transpose_in_registers<Real>(tile);
-#pragma GCC unroll 16
-      for (int i = 0; i < n; ++i) {
-        if (i0 + i < rows) store(out + (i0 + i) * out_stride + j0, tile[i]);
+  for (int64_t i = 0; i < rows; i += n) {
+    const Vec<Real> multiplier = load(factor + i);
+    for (int64_t j = 0; j < columns; j += n) {
+      Real* place = out + i * out_stride + j;
+      const Real* tile = panel + j * width + i;
+      if (rows - i >= n && columns - j >= n) {
+        unpack_tile<true>(place, out_stride, tile, width, multiplier, n, n);
+      } else {
+        unpack_tile<false>(place, out_stride, tile, width, multiplier, rows - i, columns - j);
       }
     }
   }

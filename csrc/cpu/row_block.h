@@ -53,7 +53,7 @@ TA_INLINE void load_logsumexp_and_delta(const AttentionProblem& p, const Backwar
                                         int64_t head, int64_t row, int64_t rows, int64_t lanes, const GradRow& grad_row,
                                         Real* out_memory, Real* logsumexp, Real* delta) {
   constexpr Real infinity = static_cast<Real>(__builtin_inf());
-  const int64_t first = (batch * p.heads + head) * p.query_length + row;
+  const int64_t first = p.first_row(batch, head) + row;
   const int64_t columns = round_up(p.value_dim, kLanes<Real>);
   const Real* stored = static_cast<const Real*>(t.logsumexp) + first;
   const Real* grad_logsumexp =

@@ -20,27 +20,34 @@ constexpr size_t kSmallestBlock = size_t{1} << 18;
 constexpr size_t kLargestKept = size_t{1} << 24;  // larger blocks go back to the system when their task ends
 constexpr size_t kPage = 4096;
 
-// The block that a thread keeps. It is taken out while in use, so that a nested Scratch just allocates its own.
+// The blocks that a thread keeps: one for a task, one for a Scratch around the tasks. They are taken out while in use,
+// last in, first out, so that each of the two finds its own again.
 struct Kept {
-  void* block = nullptr;
-  ~Kept() { std::free(block); }
+  static constexpr int kMost = 2;
+  void* blocks[kMost] = {};
+  int count = 0;
+
+  ~Kept() {
+    while (count > 0) std::free(take());
+  }
+  bool has_room() const { return count < kMost; }
+  void put(void* block) { blocks[count++] = block; }
+  void* take() { return count > 0 ? blocks[--count] : nullptr; }
 };
 thread_local Kept kept;
 
 }  // namespace
 
 Scratch::Scratch() {
-  newest_ = static_cast<Block*>(kept.block);
-  kept.block = nullptr;
+  newest_ = static_cast<Block*>(kept.take());
   if (newest_ != nullptr) newest_->used = kHeader;
 }
 
 Scratch::~Scratch() {
   // Several blocks mean the kept one was too small: the next task allocates one of the size that this one took.
-  const bool keep =
-      newest_ != nullptr && newest_->older == nullptr && newest_->size <= kLargestKept && kept.block == nullptr;
+  const bool keep = newest_ != nullptr && newest_->older == nullptr && newest_->size <= kLargestKept && kept.has_room();
   if (keep) {
-    kept.block = newest_;
+    kept.put(newest_);
     return;
   }
   while (newest_ != nullptr) {
@@ -48,10 +55,10 @@ Scratch::~Scratch() {
     std::free(newest_);
     newest_ = older;
   }
-  if (kept.block == nullptr && total_ + kHeader <= kLargestKept) {
+  if (kept.has_room() && total_ + kHeader <= kLargestKept) {
     const size_t size = (total_ + kHeader + kPage - 1) / kPage * kPage;
     void* memory = std::aligned_alloc(kAlignment, size);
-    if (memory != nullptr) kept.block = new (memory) Block{nullptr, size, kHeader};
+    if (memory != nullptr) kept.put(new (memory) Block{nullptr, size, kHeader});
   }
 }
 

@@ -1,5 +1,5 @@
-// A task's working memory: included by the kernels. Memory comes from a block that the thread keeps between calls (up
-// to a bound), so that inner loops never allocate and short calls do not pay for page faults.
+// A task's working memory: included by the kernels. Memory comes from blocks that the thread keeps between calls (up to
+// a bound), so that inner loops never allocate and short calls do not pay for page faults.
 #pragma once
 
 #include <cstddef>

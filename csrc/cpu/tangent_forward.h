@@ -203,7 +203,7 @@ struct TangentForward {
       store(block.sum + i, inverse);
       store(block.tangent_sum + i, load(block.tangent_sum + i) * inverse);
     }
-    const int64_t first = (block.batch * p.heads + block.head) * p.query_length + block.row;
+    const int64_t first = p.first_row(block.batch, block.head) + block.row;
     __builtin_memcpy(static_cast<Real*>(outputs.logsumexp) + first, block.maximum, block.rows * sizeof(Real));
     __builtin_memcpy(static_cast<Real*>(outputs.tangent_logsumexp) + first, block.tangent_sum,
                      block.rows * sizeof(Real));

@@ -57,7 +57,7 @@ struct TangentRowBlock : RowBlock<Real> {
 
   // t(logsumexp), and t(delta) = rowsum(t(grad_out) · out + grad_out · t(out)) − t(grad_logsumexp).
   void read_statistics(const AttentionProblem& p, const TangentCall& t) {
-    const int64_t first = (this->batch * p.heads + this->head) * p.query_length + this->row;
+    const int64_t first = p.first_row(this->batch, this->head) + this->row;
     const Real* stored = static_cast<const Real*>(t.tangent_logsumexp);
     const Real* grad_logsumexp = static_cast<const Real*>(t.tangent_grad_logsumexp);
     for (int64_t i = 0; i < this->panels.lanes; ++i) {

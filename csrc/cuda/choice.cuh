@@ -41,6 +41,10 @@ struct Leaders {
         score(static_cast<Real*>(outputs.scores) + row_of_all * count),
         lead(rule == SelectionRule::kHighest ? nullptr : leads + row_of_all * count) {}
 
+  // The highest scores of one row.
+  TA_DEVICE Leaders(int64_t count, int64_t* index, Real* score)
+      : rule(SelectionRule::kHighest), count(count), index(index), score(score), lead(nullptr) {}
+
   // Threads `lane` of `lanes` share the work.
   TA_DEVICE void clear(int lane, int lanes) const {
     for (int64_t i = lane; i < count; i += lanes) {

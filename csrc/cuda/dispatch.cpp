@@ -6,6 +6,7 @@
 #include "kernels.h"
 #include "shared_kernels.h"
 #include "tier.h"
+#include "with_type.h"
 
 namespace torch_attn::cuda {
 namespace {
@@ -15,17 +16,36 @@ const Tier* const kTiers[] = {&sm80::kTier, &simt::kTier};
 std::mutex forced_tier_mutex;
 std::string forced_tier;  // empty: none
 
-// One plan for each of kTiers.
-std::vector<Plan> ask_tiers(const Call& call) {
-  const std::string forced = forced_tier_name();
-  std::vector<Plan> plans;
-  for (const Tier* tier : kTiers) {
-    Plan plan = tier->plan(call);
-    if (plan.refusal.empty() && !forced.empty() && forced != tier->name)
-      plan.refusal = "the tier " + forced + " is forced";
-    plans.push_back(std::move(plan));
-  }
+// Plans, one for each of kTiers, with force_tier's say.
+std::vector<Plan> with_forced_tier(std::vector<Plan> plans) {
+  const std::lock_guard<std::mutex> lock(forced_tier_mutex);
+  for (size_t i = 0; i < plans.size(); ++i)
+    if (plans[i].refusal.empty() && !forced_tier.empty() && forced_tier != kTiers[i]->name)
+      plans[i].refusal = "the tier " + forced_tier + " is forced";
   return plans;
+}
+
+std::vector<Plan> ask_tiers(const Call& call) {
+  std::vector<Plan> plans;
+  for (const Tier* tier : kTiers) plans.push_back(tier->plan(call));
+  return with_forced_tier(std::move(plans));
+}
+std::vector<Plan> plans_of_both(const std::string& sm80_refusal) {
+  Plan sm80, simt;
+  sm80.refusal = sm80_refusal;
+  sm80.form = "on tensor cores";
+  simt.form = "any type and size";
+  return with_forced_tier({sm80, simt});
+}
+
+// The first that can serve the call; if there is none, the error says why each cannot.
+size_t first_to_serve(const std::vector<Plan>& plans) {
+  std::string reasons;
+  for (size_t i = 0; i < plans.size(); ++i) {
+    if (plans[i].refusal.empty()) return i;
+    reasons += std::string(reasons.empty() ? "" : "; ") + kTiers[i]->name + ": " + plans[i].refusal;
+  }
+  throw std::invalid_argument("no CUDA kernel can serve this call (" + reasons + ")");
 }
 
 struct Choice {
@@ -33,19 +53,13 @@ struct Choice {
   Plan plan;
 };
 
-// The first tier that can serve the call; if there is none, the error says why each cannot.
 Choice choose(const Call& call) {
   const std::vector<Plan> plans = ask_tiers(call);
-  std::string reasons;
-  for (size_t i = 0; i < plans.size(); ++i) {
-    if (plans[i].refusal.empty()) return {*kTiers[i], plans[i]};
-    reasons += std::string(reasons.empty() ? "" : "; ") + kTiers[i]->name + ": " + plans[i].refusal;
-  }
-  throw std::invalid_argument("no CUDA kernel can serve this call (" + reasons + ")");
+  const size_t first = first_to_serve(plans);
+  return {*kTiers[first], plans[first]};
 }
 
-std::vector<TierAnswer> answers(const Call& call) {
-  const std::vector<Plan> plans = ask_tiers(call);
+std::vector<TierAnswer> answers(const std::vector<Plan>& plans) {
   std::vector<TierAnswer> result;
   for (size_t i = 0; i < plans.size(); ++i) result.push_back({kTiers[i]->name, plans[i].refusal, plans[i].form});
   return result;
@@ -53,10 +67,8 @@ std::vector<TierAnswer> answers(const Call& call) {
 
 // Rounded up, so that what follows them is aligned.
 size_t statistics_bytes(const AttentionProblem& p) {
-  constexpr size_t kArrays = 3, kAlignment = 128;  // see RowStatistics
-  const size_t rows = static_cast<size_t>(p.batch * p.heads * p.query_length);
-  const size_t bytes = kArrays * rows * (p.dtype == ScalarType::kFloat64 ? sizeof(double) : sizeof(float));
-  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  constexpr size_t kAlignment = 128;
+  return (bytes_of_rows(p, kRowStatistics) + kAlignment - 1) / kAlignment * kAlignment;
 }
 
 template <class T>
@@ -71,7 +83,7 @@ void backward_by(const Choice& choice, const AttentionProblem& p, const Backward
     if (t.grad_alibi_slopes) slope_gradient<T>(p, t, workspace, stream);
     if (t.grad_key.defined() || t.grad_value.defined()) tier.key_value_gradient(p, t, workspace, stream);
   }
-  if (t.grad_attn_mask.defined()) simt::mask_gradient<T>(p, t, workspace, stream);
+  if (t.grad_attn_mask.defined()) tier.mask_gradient(p, t, workspace, stream);
 }
 
 }  // namespace
@@ -94,33 +106,21 @@ size_t backward_workspace_bytes(const AttentionProblem& p, const BackwardTensors
 void attention_backward(const AttentionProblem& p, const BackwardTensors& t, void* workspace, const Stream& stream) {
   set_device(stream.device);
   const Choice choice = choose({p, &t, device_facts(stream.device)});
-  switch (p.dtype) {
-    case ScalarType::kFloat64:
-      return backward_by<double>(choice, p, t, workspace, stream);
-    case ScalarType::kFloat32:
-      return backward_by<float>(choice, p, t, workspace, stream);
-    case ScalarType::kBFloat16:
-      return backward_by<BFloat16>(choice, p, t, workspace, stream);
-    case ScalarType::kFloat16:
-      return backward_by<Float16>(choice, p, t, workspace, stream);
-    case ScalarType::kBool:
-      break;
-  }
-  throw std::invalid_argument("attention on CUDA takes float64, float32, bfloat16 and float16");
+  with_type(p.dtype, [&](auto tag) { backward_by<typename decltype(tag)::Type>(choice, p, t, workspace, stream); });
 }
 
 std::vector<TierAnswer> forward_tiers(const AttentionProblem& p, const DeviceFacts& device) {
-  return answers({p, nullptr, device});
+  return answers(ask_tiers({p, nullptr, device}));
 }
 
 std::vector<TierAnswer> backward_tiers(const AttentionProblem& p, const BackwardTensors& t, const DeviceFacts& device) {
-  return answers({p, &t, device});
+  return answers(ask_tiers({p, &t, device}));
 }
 
-std::string forced_tier_name() {
-  const std::lock_guard<std::mutex> lock(forced_tier_mutex);
-  return forced_tier;
+std::vector<TierAnswer> answers_of_both(const std::string& sm80_refusal) {
+  return answers(plans_of_both(sm80_refusal));
 }
+bool is_served_by_sm80(const std::string& sm80_refusal) { return first_to_serve(plans_of_both(sm80_refusal)) == 0; }
 
 void force_tier(const std::string& name) {
   bool known = name.empty();

@@ -92,7 +92,8 @@ struct HeadScore {
   Dropout dropout;
   int64_t batch_head;
   int64_t dropout_head;  // what the dropout bits count as batch_head
-  int64_t query_length;
+  int query_length;      // of the batch entry, which fits: more rows would fill a GPU's memory
+  int64_t first_row;     // AttentionProblem::first_row
 
   TA_DEVICE HeadScore(const AttentionProblem& p, int64_t batch, int64_t head)
       : band(band_mask(p, batch)),
@@ -103,8 +104,10 @@ struct HeadScore {
         dropout{},
         batch_head(batch * p.heads + head),
         dropout_head(0),
-        query_length(p.query_length) {
-    if (band.key_length > p.key_length) band.key_length = p.key_length;  // key_lengths on a GPU is not checked before
+        query_length(static_cast<int>(p.queries_of(batch))),
+        first_row(p.first_row(batch, head)) {
+    const int64_t keys = p.keys_of(batch);
+    if (band.key_length > keys) band.key_length = keys;  // key_lengths on a GPU is not checked before
     if (p.alibi_slopes.defined()) mod.slope = per_head<Real>(p.alibi_slopes, batch, head);
     if (p.attn_mask.defined())
       mask.data = static_cast<const unsigned char*>(p.attn_mask.data) +

@@ -1,5 +1,5 @@
 // What the backward kernels of every tier need to know of a query row, computed before they run, and the reduction that
-// follows them. In the workspace: three arrays (B, Hq, L) of the accumulator type.
+// follows them. In the workspace: three arrays of the accumulator type, laid out as logsumexp is.
 #pragma once
 
 #include "head_score.cuh"
@@ -15,8 +15,8 @@ struct RowStatistics {
 
   RowStatistics(const AttentionProblem& p, void* workspace)
       : delta(static_cast<Real*>(workspace)),
-        weight_scale(delta + p.batch * p.heads * p.query_length),
-        grad_slope(weight_scale + p.batch * p.heads * p.query_length) {}
+        weight_scale(delta + p.all_rows()),
+        grad_slope(weight_scale + p.all_rows()) {}
 };
 
 constexpr int kStatisticsThreads = 256;  // a warp for each row
@@ -40,11 +40,12 @@ TA_DEVICE Accumulator<T> weight_scale_of_row(const AttentionProblem& p, const Sc
     return static_cast<const T*>(view.data) + batch * view.stride[0] + view_head * view.stride[1] +
            view_row * view.stride[2];
   };
-  const T* const query = row_of(p.query, head, row);
+  const T* const query = row_of(p.query, head, p.first_query(batch) + row);
+  const int64_t first_key = p.first_key(batch);
   const KeyRange range = score.band.keys_of_row(row);
   Real sum = 0;
   for (int64_t key = range.begin + threadIdx.x % 32; key < range.end; key += 32) {
-    const T* const k = row_of(p.key, head / p.group_size(), key);
+    const T* const k = row_of(p.key, head / p.group_size(), first_key + key);
     Real dot = 0;
     for (int64_t c = 0; c < p.head_dim; ++c) dot += load(query + c) * load(k + c);
     sum += Math<Real>::exp(score.score(score.mod.capped(dot), row, key, true) - logsumexp);
@@ -60,17 +61,19 @@ __global__ void __launch_bounds__(kStatisticsThreads)
                           const RowStatistics<Accumulator<T>> result) {
   using Real = Accumulator<T>;
   const int lane = threadIdx.x % 32;
-  const int64_t index = int64_t{blockIdx.x} * (kStatisticsThreads / 32) + threadIdx.x / 32;  // of (B, Hq, L)
-  if (index >= p.batch * p.heads * p.query_length) return;
-  const int64_t row = index % p.query_length, head = index / p.query_length % p.heads;
-  const int64_t batch = index / p.query_length / p.heads;
+  const int64_t place = int64_t{blockIdx.x} * (kStatisticsThreads / 32) + threadIdx.x / 32;  // of (B, Hq, L)
+  if (place >= p.batch * p.heads * p.query_length) return;
+  const int64_t row = place % p.query_length, head = place / p.query_length % p.heads;
+  const int64_t batch = place / p.query_length / p.heads;
+  if (row >= p.queries_of(batch)) return;
+  const int64_t index = p.first_row(batch, head) + row, packed_row = p.first_query(batch) + row;
 
   const auto row_of = [&](const TensorView& view, int64_t view_head, int64_t view_row) {
     return static_cast<const T*>(view.data) + batch * view.stride[0] + view_head * view.stride[1] +
            view_row * view.stride[2];
   };
-  const T* const out = row_of(t.out, head, row);
-  const T* const grad_out = row_of(t.grad_out, head, row);
+  const T* const out = row_of(t.out, head, packed_row);
+  const T* const grad_out = row_of(t.grad_out, head, packed_row);
   Real delta = 0;
   for (int64_t c = lane; c < p.value_dim; c += 32) delta += load(out + c) * load(grad_out + c);
   delta = warp_sum(delta);
@@ -111,23 +114,30 @@ struct BackwardRows {
   int left;
 
   TA_DEVICE BackwardRows(const AttentionProblem& p, const BackwardTensors& t, const RowStatistics<Real>& statistics,
-                         int64_t batch_head, int64_t row) {
-    const int64_t first = batch_head * p.query_length + row;
-    logsumexp = static_cast<const Real*>(t.logsumexp) + first;
-    weight_scale = statistics.weight_scale + first;
-    delta = statistics.delta + first;
-    left = p.query_length - row < 1 << 30 ? static_cast<int>(p.query_length - row) : 1 << 30;
-  }
+                         int64_t batch_head, int64_t row)
+      : BackwardRows(t, statistics, batch_head * p.query_length + row, p.query_length - row) {}
+  TA_DEVICE BackwardRows(const HeadScore<Real>& score, const BackwardTensors& t, const RowStatistics<Real>& statistics,
+                         int64_t row)
+      : BackwardRows(t, statistics, score.first_row + row, score.query_length - row) {}
   TA_DEVICE BackwardRow<Real> operator[](int i) const {
     if (i >= left) return {};
     return {OnlineSoftmax<Math<Real>>::safe_maximum(logsumexp[i]), weight_scale[i], delta[i]};
   }
+
+ private:
+  TA_DEVICE BackwardRows(const BackwardTensors& t, const RowStatistics<Real>& statistics, int64_t first, int64_t rows)
+      : logsumexp(static_cast<const Real*>(t.logsumexp) + first),
+        weight_scale(statistics.weight_scale + first),
+        delta(statistics.delta + first),
+        left(rows < 1 << 30 ? static_cast<int>(rows) : 1 << 30) {}
 };
 
 // grad_alibi_slopes (B, Hq): a block sums one head's rows, always in the same order.
 template <class Real>
-__global__ void __launch_bounds__(32) sum_slopes_kernel(const Real* grad_slope, int64_t rows, Real* result) {
-  const int64_t first = blockIdx.x * rows;
+__global__ void __launch_bounds__(32)
+    sum_slopes_kernel(const __grid_constant__ AttentionProblem p, const Real* grad_slope, Real* result) {
+  const int64_t batch = blockIdx.x / p.heads, rows = p.queries_of(batch);
+  const int64_t first = p.first_row(batch, blockIdx.x % p.heads);
   Real sum = 0;
   for (int64_t row = threadIdx.x; row < rows; row += 32) sum += grad_slope[first + row];
   sum = warp_sum(sum);
@@ -137,9 +147,9 @@ __global__ void __launch_bounds__(32) sum_slopes_kernel(const Real* grad_slope, 
 template <class T>
 void slope_gradient(const AttentionProblem& p, const BackwardTensors& t, void* workspace, const Stream& stream) {
   using Real = Accumulator<T>;
-  launch<const Real*, int64_t, Real*>(sum_slopes_kernel<Real>, p.batch * p.heads, 32, 0, stream,
-                                      RowStatistics<Real>(p, workspace).grad_slope, p.query_length,
-                                      static_cast<Real*>(t.grad_alibi_slopes));
+  launch<AttentionProblem, const Real*, Real*>(sum_slopes_kernel<Real>, p.batch * p.heads, 32, 0, stream, p,
+                                               RowStatistics<Real>(p, workspace).grad_slope,
+                                               static_cast<Real*>(t.grad_alibi_slopes));
 }
 
 }  // namespace torch_attn::cuda

@@ -1,52 +1,23 @@
 // Which kernels serve a call of hard attention, and the order of the backward pass's. Plain C++: no CUDA header.
-#include <stdexcept>
-#include <string>
-
 #include "device_info.h"
 #include "selection_kernels.h"
 #include "shared_kernels.h"
 #include "simt/selection_variants.h"
+#include "sm80/requirements.h"
 #include "sm80/selection_variants.h"
 #include "tier.h"
+#include "with_type.h"
 
 namespace torch_attn::cuda {
 namespace {
 
-template <class T>
-struct TypeTag {
-  using Type = T;
-};
-
-// Calls body(TypeTag<T>) with the element type.
-template <class Body>
-void with_type(ScalarType dtype, const Body& body) {
-  switch (dtype) {
-    case ScalarType::kFloat64:
-      return body(TypeTag<double>());
-    case ScalarType::kFloat32:
-      return body(TypeTag<float>());
-    case ScalarType::kBFloat16:
-      return body(TypeTag<BFloat16>());
-    case ScalarType::kFloat16:
-      return body(TypeTag<Float16>());
-    case ScalarType::kBool:
-      break;
-  }
-  throw std::invalid_argument("hard attention on CUDA takes float64, float32, bfloat16 and float16");
-}
-
-bool is_aligned_to_pieces(const TensorView& view) {  // of 16 bytes
-  bool aligned = reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
-  for (int dimension = 0; dimension < 3; ++dimension) aligned = aligned && view.stride[dimension] % 8 == 0;
-  return aligned;
-}
-
 // select_keys on tensor cores. Its backward pass is simt's alone.
-std::string sm80_refusal(const AttentionProblem& p, int compute_capability) {
-  if (compute_capability < 80) return "it needs compute capability 8.0";
-  if (p.dtype != ScalarType::kFloat16 && p.dtype != ScalarType::kBFloat16) return "it takes float16 and bfloat16";
-  if (p.head_dim % 8 || p.head_dim == 0 || p.head_dim > 128) return "head_dim must be a multiple of 8, at most 128";
-  if (!is_aligned_to_pieces(p.query) || !is_aligned_to_pieces(p.key))
+std::string sm80_refusal(const AttentionProblem& p, const DeviceFacts& device) {
+  if (!sm80::is_16bit(p)) return "it takes float16 and bfloat16";
+  if (std::string why = sm80::refusal_of_type(p, device); !why.empty()) return why;
+  const int piece = sm80::piece(p);
+  if (p.head_dim % piece || p.head_dim == 0 || p.head_dim > 128) return "head_dim must be a multiple of 8, at most 128";
+  if (!sm80::is_aligned(p.query, piece) || !sm80::is_aligned(p.key, piece))
     return "query and key must start at, and have strides of, multiples of 16 bytes";
   return "";
 }
@@ -60,21 +31,22 @@ void select_keys_sm80(const AttentionProblem& p, const Selection& selection, con
 
 }  // namespace
 
+std::vector<TierAnswer> select_keys_tiers(const AttentionProblem& p, const DeviceFacts& device) {
+  return answers_of_both(sm80_refusal(p, device));
+}
+std::vector<TierAnswer> select_keys_backward_tiers() {
+  return answers_of_both("it has no gradients of hard attention");
+}
+
 size_t select_keys_workspace_bytes(const AttentionProblem& p, const Selection& selection) {
   if (selection.rule == SelectionRule::kHighest) return 0;
-  return static_cast<size_t>(p.batch * p.heads * p.query_length * selection.count) *
-         (p.dtype == ScalarType::kFloat64 ? sizeof(double) : sizeof(float));
+  return bytes_of_rows(p, static_cast<size_t>(selection.count));
 }
 
 void select_keys(const AttentionProblem& p, const Selection& selection, const SelectionOutputs& outputs,
                  void* workspace, const Stream& stream) {
   set_device(stream.device);
-  const std::string forced = forced_tier_name(),
-                    refusal = sm80_refusal(p, device_facts(stream.device).compute_capability);
-  if (forced == "sm80" && !refusal.empty())
-    throw std::invalid_argument("no CUDA kernel can serve this call (sm80: " + refusal +
-                                "; simt: the tier sm80 is forced)");
-  if (refusal.empty() && forced != "simt") {
+  if (is_served_by_sm80(sm80_refusal(p, device_facts(stream.device)))) {
     const auto select = p.dtype == ScalarType::kFloat16 ? select_keys_sm80<Float16> : select_keys_sm80<BFloat16>;
     return select(p, selection, outputs, workspace, stream);
   }
@@ -83,11 +55,7 @@ void select_keys(const AttentionProblem& p, const Selection& selection, const Se
   });
 }
 
-size_t select_keys_backward_workspace_bytes(const AttentionProblem& p) {
-  constexpr int64_t kArrays = 3;  // see RowStatistics
-  return static_cast<size_t>(kArrays * p.batch * p.heads * p.query_length) *
-         (p.dtype == ScalarType::kFloat64 ? sizeof(double) : sizeof(float));
-}
+size_t select_keys_backward_workspace_bytes(const AttentionProblem& p) { return bytes_of_rows(p, kRowStatistics); }
 
 void select_keys_backward(const AttentionProblem& p, const SelectionBackwardTensors& t, void* workspace,
                           const Stream& stream) {

@@ -11,6 +11,9 @@ namespace torch_attn::cuda {
 size_t select_keys_workspace_bytes(const AttentionProblem& problem, const Selection& selection);
 void select_keys(const AttentionProblem& problem, const Selection& selection, const SelectionOutputs& outputs,
                  void* workspace, const Stream& stream);
+// As forward_tiers and backward_tiers.
+std::vector<TierAnswer> select_keys_tiers(const AttentionProblem& problem, const DeviceFacts& device);
+std::vector<TierAnswer> select_keys_backward_tiers();
 
 size_t select_keys_backward_workspace_bytes(const AttentionProblem& problem);
 void select_keys_backward(const AttentionProblem& problem, const SelectionBackwardTensors& tensors, void* workspace,

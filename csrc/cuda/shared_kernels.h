@@ -1,7 +1,7 @@
-// Kernels that every tier's backward pass uses, one instance for each element type; instantiated in simt/instantiate.
+// Kernels that both tiers use, one instance for each element type; instantiated in simt/instantiate.
 #pragma once
 
-#include "kernels.h"
+#include "map_kernels.h"
 #include "types.h"
 
 namespace torch_attn::cuda {
@@ -13,9 +13,11 @@ void row_statistics(const AttentionProblem&, const BackwardTensors&, void* works
 template <class T>
 void slope_gradient(const AttentionProblem&, const BackwardTensors&, void* workspace, const Stream&);
 
-namespace simt {
+// Of attention maps: fills the workspace with each row's weight_scale; and with its RowStatistics, delta as far as the
+// caller knows it.
 template <class T>
-void mask_gradient(const AttentionProblem&, const BackwardTensors&, void* workspace, const Stream&);
-}
+void map_weight_scales(const AttentionProblem&, const void* logsumexp, void* workspace, const Stream&);
+template <class T>
+void map_row_statistics(const AttentionProblem&, const MapBackwardTensors&, void* workspace, const Stream&);
 
 }  // namespace torch_attn::cuda

@@ -29,13 +29,16 @@ struct Tier {
   // wanted.
   void (*query_gradient)(const AttentionProblem&, const BackwardTensors&, void* statistics, const Stream&);
   void (*key_value_gradient)(const AttentionProblem&, const BackwardTensors&, void* statistics, const Stream&);
+  void (*mask_gradient)(const AttentionProblem&, const BackwardTensors&, void* statistics, const Stream&);
   // Null in a tier that never plans fused_gradients.
   void (*all_gradients)(const AttentionProblem&, const BackwardTensors&, void* statistics, void* workspace,
                         const Stream&);
 };
 
-// The tier that force_tier named; empty: none.
-std::string forced_tier_name();
+// Of the families of kernels that sm80 has for some calls and simt for all, given why sm80 refuses a call (empty: it
+// does not): each tier's answer, and whether sm80 serves it. The latter throws where a forced tier refuses.
+std::vector<TierAnswer> answers_of_both(const std::string& sm80_refusal);
+bool is_served_by_sm80(const std::string& sm80_refusal);
 
 namespace sm80 {
 extern const Tier kTier;

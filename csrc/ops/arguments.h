@@ -25,7 +25,7 @@ template <class First, class Second>
 using Concatenated = decltype(First::plus(Second{}));
 
 // What all attention operators take after their tensors.
-struct Options {
+struct CallOptions {
   using Types =
       TypeList<const OptionalTensor&, double, bool, std::optional<double>, std::optional<SymInt>, std::optional<SymInt>,
                std::string_view, const OptionalTensor&, double, const OptionalTensor&, const OptionalTensor&>;
@@ -48,6 +48,23 @@ struct Options {
   }
 };
 
+// The same, and where the rows of batch entries lie if not in dimensions of their own: in the tensors of
+// AttentionProblem::query_starts and key_starts, or in the pages of TensorView::pages.
+struct Options : CallOptions {
+  using Types =
+      Concatenated<CallOptions::Types, TypeList<const OptionalTensor&, const OptionalTensor&, std::optional<SymInt>,
+                                                std::optional<SymInt>, const OptionalTensor&>>;
+
+  OptionalTensor cu_seqlens_q = {}, cu_seqlens_k = {};
+  std::optional<SymInt> max_seqlen_q = {}, max_seqlen_k = {};
+  OptionalTensor block_table = {};
+
+  auto flat() const {
+    return std::tuple_cat(CallOptions::flat(),
+                          std::tie(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table));
+  }
+};
+
 // torch_attn::attention_forward
 struct ForwardArguments {
   using Types = Concatenated<Concatenated<TypeList<const Tensor&, const Tensor&, const Tensor&>, Options::Types>,
@@ -63,15 +80,15 @@ using ForwardResult = std::tuple<Tensor, Tensor, Tensor>;  // out, logsumexp, rn
 
 // torch_attn::attention and torch_attn::attention_with_logsumexp
 struct AttentionArguments {
-  using Types =
-      Concatenated<Concatenated<TypeList<const Tensor&, const Tensor&, const Tensor&>, Options::Types>, TypeList<bool>>;
+  using Types = Concatenated<Concatenated<TypeList<const Tensor&, const Tensor&, const Tensor&>, CallOptions::Types>,
+                             TypeList<bool>>;
 
   Tensor query, key, value;
-  Options options;
+  CallOptions options;
   bool enable_gqa = false;
 
   auto flat() const { return std::tuple_cat(std::tie(query, key, value), options.flat(), std::tie(enable_gqa)); }
-  ForwardArguments forward() const { return {query, key, value, options, std::nullopt}; }
+  ForwardArguments forward() const { return {query, key, value, Options{options}, std::nullopt}; }
 };
 
 // The inputs that have a gradient, in the order of attention_backward's output_mask and results.
@@ -172,26 +189,39 @@ struct SelectedRows {
 
 // torch_attn::cuda_tiers
 struct CudaTiersArguments {
-  using Types = Concatenated<Concatenated<TypeList<const Tensor&, const Tensor&, const Tensor&>, Options::Types>,
-                             TypeList<bool, int64_t, int64_t>>;
+  using Types = Concatenated<Concatenated<TypeList<const Tensor&, const Tensor&, const Tensor&>, CallOptions::Types>,
+                             TypeList<bool, int64_t, int64_t, std::string_view>>;
 
   Tensor query, key, value;
-  Options options;
+  CallOptions options;
   bool backward = false;
   int64_t compute_capability = 0, multiprocessors = 0;  // 0: ask query's device
+  std::string_view operation = "attention";             // or attention_weights, attention_statistics, hard_attention
 };
 
 constexpr int64_t kRngStateSize = 3;  // see outputs.h
 
 inline bool is_defined(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
 
-// The sizes by name; of tensors that check_arguments has passed.
+inline bool is_paged(const Options& o) { return is_defined(o.block_table); }
+inline bool is_packed(const Options& o) { return is_defined(o.cu_seqlens_q) || is_defined(o.cu_seqlens_k); }
+
+// The sizes by name; of tensors that check_arguments has passed. Those of packed sequences count all of their rows.
 struct Sizes {
   SymInt batch, heads, kv_heads, query_length, key_length, head_dim, value_dim;
+  SymInt entries;  // what is given per batch entry has so many: batch, or the number of packed sequences
 
   static Sizes of(const ForwardArguments& a) {
-    return {a.query.sym_size(0), a.query.sym_size(1), a.key.sym_size(1),  a.query.sym_size(2),
-            a.key.sym_size(2),   a.query.sym_size(3), a.value.sym_size(3)};
+    const Options& o = a.options;
+    const auto sequences = [](const Tensor& starts) { return starts.sym_size(0) - 1; };
+    return {a.query.sym_size(0),
+            a.query.sym_size(1),
+            a.key.sym_size(1),
+            a.query.sym_size(2),
+            is_paged(o) ? o.block_table->sym_size(1) * a.key.sym_size(2) : a.key.sym_size(2),
+            a.query.sym_size(3),
+            a.value.sym_size(3),
+            is_defined(o.cu_seqlens_q) ? sequences(*o.cu_seqlens_q) : a.query.sym_size(0)};
   }
 };
 

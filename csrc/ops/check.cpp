@@ -45,8 +45,12 @@ void check_tensors(const ForwardArguments& a) {
                     " must have the same ", what, ", but their shapes are ", shape_text(left), " and ",
                     shape_text(right), ".");
   };
-  check_same(0, a.query, "query", a.key, "key", "batch size");
-  check_same(0, a.query, "query", a.value, "value", "batch size");
+  if (is_paged(a.options)) {
+    check_same(0, a.key, "key", a.value, "value", "number of blocks");
+  } else {
+    check_same(0, a.query, "query", a.key, "key", "batch size");
+    check_same(0, a.query, "query", a.value, "value", "batch size");
+  }
   check_same(3, a.query, "query", a.key, "key", "head_dim (last dimension)");
   check_same(1, a.key, "key", a.value, "value", "number of heads");
   check_same(2, a.key, "key", a.value, "value", "length");
@@ -79,6 +83,62 @@ void check_per_head(const Tensor& tensor, const char* name, const Tensor& query,
   check_device(tensor, name, query);
 }
 
+void check_integers(const Tensor& tensor, const char* name, const Tensor& query) {
+  TORCH_CHECK(tensor.scalar_type() == at::kLong || tensor.scalar_type() == at::kInt, "attention: ", name,
+              " must be int64 or int32, but it is ", dtype_text(tensor), ".");
+  check_device(tensor, name, query);
+}
+
+// Where the rows of batch entries lie, if not in dimensions of their own.
+void check_places(const ForwardArguments& a) {
+  const Options& o = a.options;
+  if (!is_packed(o) && !is_paged(o)) return;
+  TORCH_CHECK(!is_defined(o.attn_mask), "attention: attn_mask cannot be combined with packed sequences or pages.");
+  const auto check_starts = [&](const OptionalTensor& starts, const std::optional<SymInt>& longest, const char* name,
+                                const char* longest_name, const Tensor& rows) {
+    if (!is_defined(starts)) return;
+    check_integers(*starts, name, a.query);
+    TORCH_CHECK(starts->dim() == 1 && starts->sym_size(0) >= 1, "attention: ", name,
+                " must have shape (sequences + 1,), but its shape is ", shape_text(*starts), ".");
+    TORCH_CHECK(longest.has_value(), "attention: ", name, " is given without ", longest_name, ".");
+    TORCH_CHECK_VALUE(*longest >= 0, "attention: ", longest_name, " must be at least 0, but it is ", *longest, ".");
+    TORCH_CHECK(rows.sym_size(0) == 1, "attention: packed sequences have one batch dimension of 1, but the shape is ",
+                shape_text(rows), ".");
+  };
+  check_starts(o.cu_seqlens_q, o.max_seqlen_q, "cu_seqlens_q", "max_seqlen_q", a.query);
+  check_starts(o.cu_seqlens_k, o.max_seqlen_k, "cu_seqlens_k", "max_seqlen_k", a.key);
+  if (is_paged(o)) {
+    check_integers(*o.block_table, "block_table", a.query);
+    TORCH_CHECK(o.block_table->dim() == 2,
+                "attention: block_table must have 2 dimensions, (batch, blocks of a sequence), but its shape is ",
+                shape_text(*o.block_table), ".");
+  }
+  if (is_defined(o.cu_seqlens_k)) {
+    TORCH_CHECK(is_defined(o.cu_seqlens_q) && o.cu_seqlens_k->sym_size(0) == o.cu_seqlens_q->sym_size(0),
+                "attention: cu_seqlens_q and cu_seqlens_k must be of as many sequences, but their shapes are ",
+                is_defined(o.cu_seqlens_q) ? shape_text(*o.cu_seqlens_q) : "None", " and ", shape_text(*o.cu_seqlens_k),
+                ".");
+    TORCH_CHECK(!is_paged(o), "attention: cu_seqlens_k must be None where block_table says where keys are.");
+  }
+  if (!is_paged(o)) {
+    TORCH_CHECK(is_defined(o.cu_seqlens_k), "attention: packed queries need cu_seqlens_k or block_table.");
+    return;
+  }
+  const SymInt entries = Sizes::of(a).entries;
+  TORCH_CHECK(o.block_table->sym_size(0) == entries,
+              "attention: block_table must have shape (batch, blocks of a sequence), of batch ", entries,
+              ", but its shape is ", shape_text(*o.block_table), ".");
+  TORCH_CHECK(is_defined(o.key_lengths), "attention: block_table is given without key_lengths.");
+  const auto check_cache = [](const Tensor& cache, const char* name) {
+    TORCH_CHECK(cache.sym_size(2) >= 1, "attention: the blocks of ", name, " must have at least one row.");
+    TORCH_CHECK(cache.sym_size(3) <= 1 || cache.sym_stride(3) == 1, "attention: ", name,
+                " in blocks must have a stride of 1 in its last dimension, but the stride is ", cache.sym_stride(3),
+                ".");
+  };
+  check_cache(a.key, "key");
+  check_cache(a.value, "value");
+}
+
 void check_options(const ForwardArguments& a) {
   const Options& o = a.options;
   const Sizes s = Sizes::of(a);
@@ -98,20 +158,18 @@ void check_options(const ForwardArguments& a) {
   if (is_defined(o.attn_mask)) check_mask(*o.attn_mask, a.query, s);
   const auto check_heads = [&](const OptionalTensor& tensor, const char* name) {
     if (!is_defined(tensor)) return;
-    const bool matches = tensor->dim() == 1 ? has_shape(*tensor, {s.heads}) : has_shape(*tensor, {s.batch, s.heads});
+    const bool matches = tensor->dim() == 1 ? has_shape(*tensor, {s.heads}) : has_shape(*tensor, {s.entries, s.heads});
     check_per_head(*tensor, name, a.query, matches,
-                   "(heads,) = " + shape_text({s.heads}) + " or (batch, heads) = " + shape_text({s.batch, s.heads}));
+                   "(heads,) = " + shape_text({s.heads}) + " or (batch, heads) = " + shape_text({s.entries, s.heads}));
   };
   check_heads(o.alibi_slopes, "alibi_slopes");
   check_heads(o.sinks, "sinks");
   if (is_defined(o.key_lengths)) {
     const Tensor& lengths = *o.key_lengths;
-    TORCH_CHECK(has_shape(lengths, {s.batch}),
-                "attention: key_lengths must have shape (batch,) = ", shape_text({s.batch}), ", but its shape is ",
+    TORCH_CHECK(has_shape(lengths, {s.entries}),
+                "attention: key_lengths must have shape (batch,) = ", shape_text({s.entries}), ", but its shape is ",
                 shape_text(lengths), ".");
-    TORCH_CHECK(lengths.scalar_type() == at::kLong || lengths.scalar_type() == at::kInt,
-                "attention: key_lengths must be int64 or int32, but it is ", dtype_text(lengths), ".");
-    check_device(lengths, "key_lengths", a.query);
+    check_integers(lengths, "key_lengths", a.query);
   }
 }
 
@@ -184,12 +242,14 @@ Alignment parse_alignment(std::string_view name) {
 
 void check_arguments(const ForwardArguments& arguments) {
   check_tensors(arguments);
+  check_places(arguments);
   check_options(arguments);
   if (is_defined(arguments.rng_state)) check_rng_state(*arguments.rng_state, "attention");
 }
 
 void check_arguments(const JvpArguments& a) {
   check_arguments(a.forward());
+  TORCH_CHECK(!is_paged(a.options), "attention_jvp: keys in pages (block_table) have no derivatives.");
   check_tangents(a.tangents, a.forward(), "attention_jvp");
 }
 
@@ -208,6 +268,7 @@ void check_arguments(const BackwardJvpArguments& a) {
 void check_arguments(const BackwardArguments& a) {
   const ForwardArguments forward = a.forward();
   check_arguments(forward);
+  TORCH_CHECK(!is_paged(a.options), "attention_backward: keys in pages (block_table) have no gradients.");
   const Sizes s = Sizes::of(forward);
   const auto check_one = [&](const Tensor& tensor, const char* name, at::ScalarType type, bool matches,
                              c10::ArrayRef<SymInt> expected) {

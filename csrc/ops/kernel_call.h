@@ -11,6 +11,7 @@
 #include "ops/check.h"
 #include "ops/make_problem.h"
 #include "ops/outputs.h"
+#include "ops/packed.h"
 
 namespace torch_attn::ops {
 
@@ -22,6 +23,14 @@ inline Tensor new_rng_state(const ForwardArguments& a) {
   return state;
 }
 
+// Gives the rows that belong to no packed sequence, those after the last, a value; kernels write all others. On CUDA
+// where these begin is not known here, and every row gets it first.
+inline void fill_rows_of_none(Tensor& t, int64_t dim, const Tensor& starts, double value) {
+  if (!starts.defined()) return;
+  const int64_t first = starts.is_cpu() ? starts.const_data_ptr<int64_t>()[starts.size(0) - 1] : 0;
+  if (first < t.size(dim)) t.narrow(dim, first, t.size(dim) - first).fill_(value);
+}
+
 // run(problem, outputs)
 template <class Run>
 ForwardResult run_forward(const ForwardArguments& a, Run&& run) {
@@ -29,26 +38,28 @@ ForwardResult run_forward(const ForwardArguments& a, Run&& run) {
   const PreparedProblem prepared = make_problem(a, rng_state);
   const AttentionProblem& p = prepared.problem;
   const auto options = a.query.options();
-  Tensor out = empty_by_row(p.batch, p.heads, p.query_length, p.value_dim, options);
-  Tensor logsumexp =
-      at::empty({p.batch, p.heads, p.query_length}, options.dtype(accumulator_type(a.query.scalar_type())));
+  const int64_t batch = a.query.size(0), rows = a.query.size(2);
+  Tensor out = empty_by_row(batch, p.heads, rows, p.value_dim, options);
+  Tensor logsumexp = at::empty({batch, p.heads, rows}, options.dtype(accumulator_type(a.query.scalar_type())));
+  fill_rows_of_none(out, 2, prepared.query_starts, 0);
+  fill_rows_of_none(logsumexp, 2, prepared.query_starts, -std::numeric_limits<double>::infinity());
   if (logsumexp.numel() > 0) run(p, ForwardOutputs{view_of_matrix(out), logsumexp.mutable_data_ptr()});
   return {out, logsumexp, rng_state};
 }
 
 // The sink's share of each row's softmax, (B, Hq, L); 0 in rows where everything, the sink too, is -inf.
-inline Tensor sink_weights(const Tensor& sinks, const Tensor& logsumexp) {
+inline Tensor sink_weights(const Options& o, const Tensor& logsumexp) {
   const Tensor is_empty = logsumexp == -std::numeric_limits<double>::infinity();
-  return (sinks.to(logsumexp.scalar_type()).unsqueeze(-1) - logsumexp).exp().masked_fill(is_empty, 0);
+  const Tensor sink = number_of_row(o.sinks->to(logsumexp.scalar_type()), o, logsumexp.sym_size(2));
+  return (sink - logsumexp).exp().masked_fill(is_empty, 0);
 }
 
 // -Σ P_sink · (rowsum(grad_out · out) - grad_logsumexp), where P_sink = exp(sink - logsumexp) is the sink's share.
 inline Tensor grad_sinks(const BackwardArguments& a) {
-  const Tensor& sinks = *a.options.sinks;
   const auto accumulator = a.logsumexp.scalar_type();
   Tensor row_term = (a.grad_out.to(accumulator) * a.out.to(accumulator)).sum(-1);
   if (is_defined(a.grad_logsumexp)) row_term = row_term - *a.grad_logsumexp;
-  return per_head_gradient((sink_weights(sinks, a.logsumexp) * row_term).sum(2).neg(), sinks);
+  return sum_of_rows(sink_weights(a.options, a.logsumexp) * row_term.neg(), *a.options.sinks, a.options);
 }
 
 // run(problem, tensors)
@@ -73,6 +84,7 @@ BackwardResult run_backward(const BackwardArguments& a, Run&& run) {
   const auto allocate = [&](Gradient gradient, const Tensor& input, TensorView& view) {
     if (!a.output_mask[gradient]) return no_gradient(a.query);
     Tensor result = empty_by_row_like(input);
+    fill_rows_of_none(result, 2, gradient == kQuery ? prepared.query_starts : prepared.key_starts, 0);
     view = view_of_matrix(result);
     return result;
   };

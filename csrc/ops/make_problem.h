@@ -9,7 +9,8 @@ namespace torch_attn::ops {
 // The problem, and the tensors it points into.
 struct PreparedProblem {
   AttentionProblem problem;
-  std::array<Tensor, 7> tensors;
+  std::array<Tensor, 8> tensors;
+  Tensor query_starts, key_starts;  // of packed sequences, (B + 1), int64; undefined: not packed
 };
 
 // Checks the arguments. rng_state is read only if there is dropout.

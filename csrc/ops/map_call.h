@@ -112,7 +112,7 @@ inline Tensor known_row_terms(const StatisticsBackwardArguments& a) {
   if (is_defined(a.grad_entropy)) {
     // Σ P · (−log P − 1) = entropy − Σ P, where Σ P is what a sink leaves to the keys.
     Tensor mass = (a.logsumexp != -std::numeric_limits<double>::infinity()).to(a.logsumexp.scalar_type());
-    if (is_defined(a.options.sinks)) mass = mass - sink_weights(*a.options.sinks, a.logsumexp);
+    if (is_defined(a.options.sinks)) mass = mass - sink_weights({a.options.options()}, a.logsumexp);
     terms = terms - *a.grad_entropy * (*a.entropy - mass);
   }
   return terms.contiguous();

@@ -110,6 +110,21 @@ struct WeightsArguments {
 };
 using WeightsResult = std::tuple<Tensor, Tensor>;  // weights, logsumexp
 
+// torch_attn::attention_with_weights_forward: attention without dropout, and the weights it used
+struct WithWeightsArguments {
+  using Types = Concatenated<Concatenated<TypeList<const Tensor&, const Tensor&, const Tensor&>, ScoreOptions::Types>,
+                             TypeList<bool>>;
+
+  Tensor query, key, value;
+  ScoreOptions options;
+  bool mean = false;
+
+  auto flat() const { return std::tuple_cat(std::tie(query, key, value), options.flat(), std::tie(mean)); }
+  ForwardArguments forward() const { return {query, key, value, options.options(), std::nullopt}; }
+  WeightsArguments weights(const OptionalTensor& logsumexp) const { return {query, key, options, logsumexp, {}, mean}; }
+};
+using WithWeightsResult = std::tuple<Tensor, Tensor, Tensor>;  // out, weights, logsumexp
+
 // torch_attn::attention_weights and attention_weights.heads; Heads is "all" or "mean", or indices.
 template <class HeadsType>
 struct WeightsCallArguments {
@@ -161,6 +176,9 @@ struct AttentionWeightsForward : Operator<AttentionWeightsForward, WeightsArgume
 };
 struct AttentionWeightsBackward : Operator<AttentionWeightsBackward, WeightsBackwardArguments, MapBackwardResult> {
   static constexpr const char* name = "torch_attn::attention_weights_backward";
+};
+struct AttentionWithWeightsForward : Operator<AttentionWithWeightsForward, WithWeightsArguments, WithWeightsResult> {
+  static constexpr const char* name = "torch_attn::attention_with_weights_forward";
 };
 struct AttentionStatistics : Operator<AttentionStatistics, StatisticsCallArguments, StatisticsResult> {};
 template <class HeadsType>

@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 
 #include "ops/map_operators.h"
+#include "ops/outputs.h"
 
 namespace torch_attn::ops {
 
@@ -36,6 +37,14 @@ inline WeightsResult empty_weights(const WeightsArguments& a) {
   const auto weights = a.mean ? at::empty_symint({batch, length, a.key.sym_size(2)}, options)
                               : at::empty_symint({batch, heads, length, a.key.sym_size(2)}, options);
   return {weights, at::empty_symint({batch, heads, length}, options.dtype(accumulator_type(a.query.scalar_type())))};
+}
+
+// What attention_with_weights_forward writes.
+inline WithWeightsResult empty_with_weights(const WithWeightsArguments& a) {
+  const auto [weights, logsumexp] = empty_weights(a.weights(std::nullopt));
+  const Tensor out = empty_by_row(a.query.sym_size(0), a.query.sym_size(1), a.query.sym_size(2), a.value.sym_size(3),
+                                  a.query.options());
+  return {out, weights, logsumexp};
 }
 
 }  // namespace torch_attn::ops

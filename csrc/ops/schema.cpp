@@ -6,7 +6,7 @@
 
 namespace {
 
-// Also the order of ops/arguments.h's Options.
+// Also the order of ops/arguments.h's CallOptions.
 const std::string kMask = "Tensor? attn_mask=None, ";
 const std::string kShaping =
     "bool is_causal=False, float? scale=None, SymInt? window_left=None, SymInt? window_right=None, "
@@ -14,6 +14,21 @@ const std::string kShaping =
     "Tensor? key_lengths=None";
 const std::string kOptions = kMask + "float dropout_p=0.0, " + kShaping;
 const std::string kScoreOptions = kMask + kShaping;  // without dropout; the order of ScoreOptions
+// Where the rows of batch entries lie: the order of arguments.h's Options, after CallOptions. With cu_seqlens_q, query
+// is (1, heads, all rows, head_dim); with cu_seqlens_k key and value are alike; with block_table they are
+// (blocks, heads, block_size, dim).
+const std::string kPlaces =
+    ", Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None, "
+    "Tensor? block_table=None";
+const std::string kPacked =
+    "Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, "
+    "SymInt max_seqlen_k, *, float dropout_p=0.0, " +
+    kShaping + ", Tensor? block_table=None, bool enable_gqa=False";
+const std::string kPaged =
+    "Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor key_lengths, *, "
+    "bool is_causal=False, float? scale=None, SymInt? window_left=None, SymInt? window_right=None, "
+    "str causal_alignment=\"bottom_right\", Tensor? alibi_slopes=None, float softcap=0.0, Tensor? sinks=None, "
+    "bool enable_gqa=False";
 const std::string kMapInputs = "Tensor query, Tensor key, *, ";
 const std::string kMapGradients =
     " -> (Tensor grad_query, Tensor grad_key, Tensor grad_attn_mask, Tensor grad_alibi_slopes, Tensor grad_sinks)";
@@ -50,23 +65,28 @@ TORCH_LIBRARY_FRAGMENT(torch_attn, m) {
       "float dropout_p=0.0, bool is_causal=False, *, float? scale=None, bool enable_gqa=False) -> Tensor",
       random);
 
+  define("varlen_attention(" + kPacked + ") -> Tensor", random);
+  define("varlen_attention_with_logsumexp(" + kPacked + ") -> (Tensor out, Tensor logsumexp)", random);
+  define("paged_attention(" + kPaged + ") -> Tensor", pure);
+  define("paged_attention_with_logsumexp(" + kPaged + ") -> (Tensor out, Tensor logsumexp)", pure);
+
   // What kernels implement: four dimensions, (batch, head, row, column).
-  define("attention_forward(" + kInputs + kOptions +
+  define("attention_forward(" + kInputs + kOptions + kPlaces +
              ", Tensor? rng_state=None) -> (Tensor out, Tensor logsumexp, Tensor rng_state)",
          random);
   define(
       "attention_backward(Tensor grad_out, Tensor? grad_logsumexp, Tensor query, Tensor key, Tensor value, Tensor out, "
       "Tensor logsumexp, Tensor rng_state, *, " +
-          kOptions + ", bool[6] output_mask)" + kGradients,
+          kOptions + kPlaces + ", bool[6] output_mask)" + kGradients,
       pure);
   define("attention_jvp(Tensor query, Tensor key, Tensor value, Tensor rng_state, " + kTangents + ", *, " + kOptions +
-             ") -> (Tensor out, Tensor logsumexp, Tensor tangent_out, Tensor tangent_logsumexp)",
+             kPlaces + ") -> (Tensor out, Tensor logsumexp, Tensor tangent_out, Tensor tangent_logsumexp)",
          pure);
   define(
       "attention_backward_jvp(Tensor grad_out, Tensor? grad_logsumexp, Tensor query, Tensor key, Tensor value, "
       "Tensor out, Tensor logsumexp, Tensor rng_state, Tensor tangent_out, Tensor tangent_logsumexp, "
       "Tensor? tangent_grad_out, Tensor? tangent_grad_logsumexp, " +
-          kTangents + ", *, " + kOptions + ", bool[6] output_mask)" + kGradients,
+          kTangents + ", *, " + kOptions + kPlaces + ", bool[6] output_mask)" + kGradients,
       pure);
   define(
       "dropout_keep_mask(Tensor rng_state, SymInt batch, SymInt heads, SymInt query_length, SymInt key_length, "
@@ -85,6 +105,9 @@ TORCH_LIBRARY_FRAGMENT(torch_attn, m) {
          pure);
   define("attention_weights_forward(" + kMapInputs + kScoreOptions + ", Tensor? logsumexp=None, " + kSelectedRows +
              ") -> (Tensor weights, Tensor logsumexp)",
+         pure);
+  define("attention_with_weights_forward(" + kInputs + kScoreOptions +
+             ", bool mean=False) -> (Tensor out, Tensor weights, Tensor logsumexp)",
          pure);
   define("attention_weights_backward(Tensor grad_weights, Tensor query, Tensor key, Tensor logsumexp, *, " +
              kScoreOptions + ", " + kSelectedRows + ", bool[5] output_mask)" + kMapGradients,
@@ -135,7 +158,8 @@ TORCH_LIBRARY_FRAGMENT(torch_attn, m) {
   define("force_cpu_isa(str isa) -> ()", {});
   define("kernel_calls() -> int", {});
   // "name", how it would serve the call, why it cannot: three strings for each tier; one of the last two is empty.
-  define("cuda_tiers(" + kInputs + kOptions +
-             ", bool backward=False, int compute_capability=0, int multiprocessors=0) -> str[]",
-         {});
+  define(
+      "cuda_tiers(" + kInputs + kOptions +
+          ", bool backward=False, int compute_capability=0, int multiprocessors=0, str operation='attention') -> str[]",
+      {});
 }

@@ -27,11 +27,11 @@ struct ScoreOptions {
     return std::tie(attn_mask, is_causal, scale, window_left, window_right, causal_alignment, alibi_slopes, softcap,
                     sinks, key_lengths);
   }
-  Options options() const {
+  CallOptions options() const {
     return {attn_mask,        0.0,          is_causal, scale, window_left, window_right,
             causal_alignment, alibi_slopes, softcap,   sinks, key_lengths};
   }
-  static ScoreOptions of(const Options& o) {
+  static ScoreOptions of(const CallOptions& o) {
     return {o.attn_mask,        o.is_causal,    o.scale,   o.window_left, o.window_right,
             o.causal_alignment, o.alibi_slopes, o.softcap, o.sinks,       o.key_lengths};
   }
@@ -41,7 +41,7 @@ struct ScoreOptions {
 inline Tensor without_columns(const Tensor& key) { return key.dim() == 0 ? key : key.narrow_symint(-1, 0, 0); }
 
 inline ForwardArguments without_value(const Tensor& query, const Tensor& key, const ScoreOptions& options) {
-  return {query, key, without_columns(key), options.options(), std::nullopt};
+  return {query, key, without_columns(key), Options{options.options()}, std::nullopt};
 }
 
 }  // namespace torch_attn::ops

@@ -69,7 +69,7 @@ struct RowGradients {
   Tensor of_sinks(const SelectBackwardArguments& a) const {
     const Tensor& sinks = *a.options.sinks;
     const Tensor log_share = sinks.to(a.logsumexp.scalar_type()).unsqueeze(-1) - a.logsumexp;
-    const Tensor share = sink_weights(sinks, a.logsumexp);
+    const Tensor share = sink_weights({a.options.options()}, a.logsumexp);
     Tensor sum = share * logsumexp;
     if (log_weight.defined()) sum = sum + share * log_weight * log_share.masked_fill(share == 0, 0);
     if (chosen.defined()) sum = sum + chosen.masked_fill(a.indices != a.key.size(2), 0).sum(-1);

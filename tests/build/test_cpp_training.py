@@ -1,4 +1,4 @@
-"""A C++ program trains a scripted model, and differentiates it twice, without Python: to the same numbers."""
+"""A C++ program trains a scripted model, differentiates it twice and calls an operator: to the numbers of Python."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ def python_numbers(model: torch.nn.Module) -> list[float]:
     leaf = x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(model(leaf).square().sum(), leaf, create_graph=True)
     (penalty_gradient,) = torch.autograd.grad(gradient.square().sum(), leaf)
-    return [*numbers, penalty_gradient.norm().item()]
+    heads = x.view(2, 9, 2, 8).transpose(1, 2)
+    out = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+    return [*numbers, penalty_gradient.norm().item(), out.norm().item()]
 
 
 def test_cpp_trains_and_differentiates_twice_as_python_does(tmp_path: Path, environment: dict[str, str]) -> None:

@@ -52,6 +52,19 @@ def test_explain_names_the_instruction_set_of_a_call_on_the_cpu() -> None:
         (torch.float16, {"D": 256}, {"backward": True}, "sm80", "one kernel for grad_query, one for"),
         (torch.float16, {"D": 256}, {"backward": True, "compute_capability": 86}, "simt", "shared memory is too small"),
         (torch.float16, {}, {"backward": True, "multiprocessors": 1}, "sm80", "which adds with atomics"),
+        (torch.float16, {}, {"operation": "attention_weights"}, "sm80", "on tensor cores"),
+        (torch.float16, {"D": 256}, {"operation": "attention_statistics", "backward": True}, "sm80", "on tensor cores"),
+        (torch.float64, {}, {"operation": "attention_weights"}, "simt", "it takes float16, bfloat16 and float32"),
+        (torch.float16, {"D": 12}, {"operation": "attention_statistics"}, "simt", "head_dim must be a multiple of 8"),
+        (torch.float16, {}, {"operation": "hard_attention"}, "sm80", "on tensor cores"),
+        (torch.float16, {"D": 136}, {"operation": "hard_attention"}, "simt", "at most 128"),
+        (
+            torch.float16,
+            {},
+            {"operation": "hard_attention", "backward": True},
+            "simt",
+            "no gradients of hard",
+        ),
     ],
 )
 def test_explain_says_why_a_tier_is_passed_over(
@@ -63,6 +76,15 @@ def test_explain_says_why_a_tier_is_passed_over(
     explanation = explain(query, key, key, **({"compute_capability": 80} | options))
     assert explanation.tier == tier
     assert re.search(text, str(explanation)), explanation
+
+
+def test_explain_asks_for_what_it_needs() -> None:
+    query = torch.empty(1, 2, 5, 16)
+    assert explain(query, query, operation="attention_weights").tier == "cpu"
+    with pytest.raises(ValueError, match="operation must be one of attention, attention_weights, .*but it is maps"):
+        explain(query, query, operation="maps")
+    with pytest.raises(ValueError, match="value must be given where operation is attention"):
+        explain(query, query)
 
 
 @pytest.mark.skipif(bool(_library.build_info()["cuda_off_reason"]), reason="the library has no CUDA kernels")

@@ -51,14 +51,6 @@ def test_error_is_within_a_small_factor_of_torch_math(case: Case, dtype: torch.d
     assert_accurate(call, {name: x.cpu() for name, x in actual.items()}, keep, rounds_weights=dtype in HALF)
 
 
-@pytest.fixture
-def tf32() -> Iterator[None]:
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    yield
-    torch.backends.cuda.matmul.fp32_precision = before
-
-
 @pytest.mark.parametrize("case", [*TF32_WIDTHS, CASE_BY_NAME["causal_long"], CASE_BY_NAME["everything"]], ids=str)
 def test_tf32_error_is_within_a_small_factor_of_torch_math_in_tf32(case: Case, tf32: None) -> None:
     call = draw_call(case, torch.float32)

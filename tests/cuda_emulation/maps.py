@@ -55,7 +55,14 @@ class MapRun(Run):
     """One call of attention_statistics or attention_weights. rows: the query rows it is about, in any order."""
 
     def __init__(
-        self, device: Device, query: Tensor, key: Tensor, options: dict[str, Any], rows: Tensor | None = None
+        self,
+        device: Device,
+        query: Tensor,
+        key: Tensor,
+        options: dict[str, Any],
+        rows: Tensor | None = None,
+        *,
+        allow_tf32: bool = False,
     ) -> None:
         check_structures(device)
         full_length = query.size(2)
@@ -65,10 +72,14 @@ class MapRun(Run):
             if mask is not None and mask.size(2) > 1:
                 options = options | {"attn_mask": mask[:, :, rows]}
         no_value = key[..., :0].contiguous()
-        super().__init__(device, Call(query, key, no_value, options, query[..., :0], None), (0, 0))
+        call = Call(query, key, no_value, options, query[..., :0], None)
+        super().__init__(device, call, (0, 0), allow_tf32=allow_tf32)
         self.rows, self.statistics_found = rows, Results()
         if rows is not None:
             self.problem.query_rows, self.problem.full_query_length = device.put(rows), full_length
+
+    def answers(self, backward: BackwardTensors | None) -> dict[str, str]:
+        return self.answers_of(self.device.lib.emulation_map_tiers, backward)
 
     def statistics(self, **asked: Any) -> Results:
         """asked: top_k, mass_window and column_sum, as of the operator; names: only these outputs."""

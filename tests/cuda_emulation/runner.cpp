@@ -29,6 +29,15 @@ int guarded(Function&& function) {
   }
 }
 
+// "tier: refusal" for each tier, one a line; of one that would serve the call, "tier: +form".
+const char* text_of(const std::vector<cuda::TierAnswer>& answers) {
+  static std::string text;
+  text.clear();
+  for (const auto& answer : answers)
+    text += std::string(answer.tier) + ": " + (answer.refusal.empty() ? "+" + answer.form : answer.refusal) + "\n";
+  return text.c_str();
+}
+
 }  // namespace
 
 extern "C" {
@@ -55,16 +64,15 @@ int emulation_force_tier(const char* name) {
   return guarded([&] { cuda::force_tier(name); });
 }
 
-// "tier: refusal" for each tier, one a line; of one that would serve the call, "tier: +form".
 const char* emulation_tiers(const torch_attn::AttentionProblem* problem, const torch_attn::BackwardTensors* backward) {
-  static std::string text;
-  text.clear();
   const cuda::DeviceFacts device = cuda::device_facts(0);
-  const auto answers =
-      backward ? cuda::backward_tiers(*problem, *backward, device) : cuda::forward_tiers(*problem, device);
-  for (const auto& answer : answers)
-    text += std::string(answer.tier) + ": " + (answer.refusal.empty() ? "+" + answer.form : answer.refusal) + "\n";
-  return text.c_str();
+  return text_of(backward ? cuda::backward_tiers(*problem, *backward, device) : cuda::forward_tiers(*problem, device));
+}
+const char* emulation_map_tiers(const torch_attn::AttentionProblem* problem,
+                                const torch_attn::BackwardTensors* backward) {
+  const cuda::DeviceFacts device = cuda::device_facts(0);
+  return text_of(backward ? cuda::map_backward_tiers(*problem, *backward, device)
+                          : cuda::map_forward_tiers(*problem, device));
 }
 
 int emulation_forward(const torch_attn::AttentionProblem* problem, const torch_attn::ForwardOutputs* outputs) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 import transformers as t
@@ -29,7 +30,8 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 @dataclass(frozen=True)
 class Model:
     """``calls`` is how often one forward pass runs attention, ``output`` the field of the result to compare, and
-    ``attentions`` the fields that hold maps. Where eager takes its softmax in float32 the tolerance is float32's."""
+    ``attentions`` the fields that hold maps, in the order of the layers. Where eager takes its softmax in float32 the
+    tolerance is float32's. ``generates``: the model has ``generate()``."""
 
     build: Callable[[], t.PreTrainedModel]
     inputs: Callable[[], dict[str, Tensor]]
@@ -39,6 +41,7 @@ class Model:
     padded: Callable[[], dict[str, Tensor]] | None = None
     dtype: torch.dtype = torch.float64
     tolerance: float = 1e-10
+    generates: bool = False
 
     def make(self, implementation: str = "torch_attn") -> t.PreTrainedModel:
         model = self.build().to(self.dtype)
@@ -49,6 +52,9 @@ class Model:
         given = self.padded if padded else self.inputs
         assert given is not None
         return {name: x.to(self.dtype) if x.is_floating_point() else x for name, x in given().items()}
+
+    def maps(self, result: t.utils.ModelOutput) -> dict[str, tuple[Tensor, ...]]:
+        return {field: attrgetter(field)(result) for field in self.attentions}
 
 
 def tokens(length: int = LENGTH) -> Tensor:
@@ -98,6 +104,11 @@ def two_texts_padded() -> dict[str, Tensor]:
 
 def speech() -> dict[str, Tensor]:
     return {"input_features": torch.randn(BATCH, 8, 20), "decoder_input_ids": tokens(5)}
+
+
+def speech_padded() -> dict[str, Tensor]:
+    """What is padded is the decoder's text, on the left; speech is padded with silence, which is attended."""
+    return {**speech(), "decoder_attention_mask": padding(left=True, length=5)}
 
 
 def text_and_pixels() -> dict[str, Tensor]:
@@ -210,17 +221,38 @@ def llama() -> t.PreTrainedModel:
     return t.LlamaForCausalLM(t.LlamaConfig(**DECODER))
 
 
+def qwen3() -> t.PreTrainedModel:
+    layers = ["full_attention", "sliding_attention"]
+    return t.Qwen3ForCausalLM(t.Qwen3Config(**DECODER, use_sliding_window=True, sliding_window=4, layer_types=layers))
+
+
+def llama4() -> t.PreTrainedModel:
+    return t.Llama4ForCausalLM(
+        t.Llama4TextConfig(
+            **DECODER,
+            intermediate_size_mlp=48,
+            moe_layers=[],
+            attention_chunk_size=4,
+            layer_types=["chunked_attention", "full_attention"],
+        )
+    )
+
+
 SEQ2SEQ = ("encoder_attentions", "decoder_attentions", "cross_attentions")
-SINGLE = {"dtype": torch.float32, "tolerance": 2e-5}
+CLIP_MAPS = ("text_model_output.attentions", "vision_model_output.attentions")
+# A language model whose eager attention takes its softmax in float32.
+LANGUAGE = {"output": "logits", "padded": padded_left, "dtype": torch.float32, "tolerance": 2e-5, "generates": True}
 MODELS: dict[str, Model] = {
     "bert": Model(bert, text, 2, padded=padded_right),
     "vit": Model(vit, pixels, 2, tolerance=2e-5),
-    "clip": Model(clip, text_and_pixels, 4, "logits_per_image", (), text_and_pixels_padded, tolerance=2e-5),
+    "clip": Model(clip, text_and_pixels, 4, "logits_per_image", CLIP_MAPS, text_and_pixels_padded, tolerance=2e-5),
     "detr": Model(detr, images, 6, attentions=SEQ2SEQ, padded=padded_images),
-    "gpt2": Model(gpt2, text, 2, "logits", padded=padded_left),
-    "llama": Model(llama, text, 2, "logits", padded=padded_left, **SINGLE),
-    "gemma2": Model(gemma2, text, 2, "logits", padded=padded_left, **SINGLE),
-    "gpt_oss": Model(gpt_oss, text, 2, "logits", padded=padded_left, **SINGLE),
-    "t5": Model(t5, two_texts, 6, "logits", SEQ2SEQ, two_texts_padded),
-    "whisper": Model(whisper, speech, 6, "logits", SEQ2SEQ),
+    "gpt2": Model(gpt2, text, 2, "logits", padded=padded_left, generates=True),
+    "llama": Model(llama, text, 2, **LANGUAGE),
+    "llama4": Model(llama4, text, 2, **LANGUAGE),
+    "qwen3": Model(qwen3, text, 2, **LANGUAGE),
+    "gemma2": Model(gemma2, text, 2, **LANGUAGE),
+    "gpt_oss": Model(gpt_oss, text, 2, **LANGUAGE),
+    "t5": Model(t5, two_texts, 6, "logits", SEQ2SEQ, two_texts_padded, generates=True),
+    "whisper": Model(whisper, speech, 6, "logits", SEQ2SEQ, speech_padded, generates=True),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 
@@ -132,6 +133,20 @@ def test_nothing_is_cut_off(case: str) -> None:
     assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height
 
 
+LONG = "A title of many words, which has no room in one line above a small picture like this one, $x$, but has in two"
+
+
+@pytest.mark.parametrize("draw", [plot.heatmap, plot.head_grid, plot.feature_bars], ids=lambda draw: draw.__name__)
+def test_a_long_title_is_broken_between_words(draw: Callable[..., Figure]) -> None:
+    weights = maps(2, 4, 4) if draw is plot.head_grid else maps(4, 4)
+    figure = draw(weights, title=LONG)
+    render(figure)
+    box = figure.get_tightbbox()
+    assert box.x1 <= figure.get_size_inches()[0] and box.y1 <= figure.get_size_inches()[1]
+    title = figure.get_suptitle() or figure.axes[0].get_title(loc="left")
+    assert title.count("\n") > 0 and title.replace("\n", " ") == LONG
+
+
 def test_where_not_all_tokens_have_room_some_are_named_in_their_places() -> None:
     tokens = [f"token{place}" for place in range(200)]
     ax = plot.heatmap(maps(200, 200), tokens).axes[0]
@@ -160,6 +175,32 @@ def test_svg_is_xml_that_holds_the_map(length: int, style: str, tmp_path: Path) 
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     assert root.findall(".//{http://www.w3.org/2000/svg}image")
     assert file.stat().st_size < 1_000_000
+
+
+OF_LENGTH = {
+    "heatmap": lambda n, **options: plot.heatmap(maps(n, n), words(n), **options),
+    "alignment": lambda n, **options: plot.alignment(maps(40, n), words(n), words(40), **options),
+    "grid": lambda n, **options: plot.head_grid(maps(1, 2, 64, n), **options),
+    "image": lambda n, **options: plot.image_overlay(torch.rand(128, 128), maps(n), **options),
+    "frames": lambda n, **options: plot.spectrogram_overlay(torch.rand(20, n), maps(n), **options),
+    "queries": lambda n, **options: plot.spectrogram_overlay(torch.rand(20, n), maps(3, n), words(3), **options),
+    "bars": lambda n, **options: plot.feature_bars(maps(2, n), words(n), **options),
+}
+
+
+@pytest.mark.parametrize("length, style", [(64, "dark"), (4096, "light")])
+@pytest.mark.parametrize("kind", OF_LENGTH)
+def test_every_picture_of_few_and_of_many_tokens_is_whole_in_png_and_svg(
+    kind: str, length: int, style: str, tmp_path: Path
+) -> None:
+    figure = OF_LENGTH[kind](length, title="Title", style=style)
+    assert tuple(render(figure)[0, 0]) == rgb(STYLES[style].background)
+    box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+    assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height
+    assert max(width, height) < 16  # inches: of many tokens, too, a picture fits a page
+    figure.savefig(tmp_path / "map.svg")
+    assert ElementTree.parse(tmp_path / "map.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
+    assert (tmp_path / "map.svg").stat().st_size < 2_000_000
 
 
 @pytest.mark.parametrize("color_scale, middle", [("linear", 0.25), ("sqrt", 0.5), ("log", 0.5)])

@@ -113,6 +113,13 @@ def test_bars_stand_in_order_with_their_numbers() -> None:
     assert bars(torch.tensor([0.1, 0.6, 0.3]), sort=False)[0] == ["feature 0", "feature 1", "feature 2"]
 
 
+def test_numbers_stand_beside_the_grid() -> None:
+    ax = plot.feature_bars(torch.rand(3, 8)).axes[0]
+    ax.figure.draw_without_rendering()
+    right = ax.get_window_extent().x1
+    assert all(text.get_window_extent().x0 > right for text in ax.texts)
+
+
 def test_of_many_features_the_largest_are_drawn_and_the_rest_summed() -> None:
     weights = torch.randn(4096).softmax(0)
     names, lengths, _, label = bars(weights, top=5)

@@ -27,7 +27,7 @@ SECTIONS = {
 INTRODUCTION = """\
 # What works where
 
-Made from the tests in [tests/what_works_where](../tests/what_works_where) by `python -m tests.what_works_where`; a test
+Made from the tests in `tests/what_works_where` by `python -m tests.what_works_where`; a test
 fails when this file says anything else. ✓: a test of exactly this combination, of the gradients of query, key, value,
 mask, ALiBi slopes and sinks as well where the row has gradients, passes on the CPU. *fused*: in this library's kernels,
 at O(L) memory. *composite*: by PyTorch's operations, which store the (L, S) scores.

@@ -23,9 +23,12 @@ try:
     from transformers.masking_utils import sdpa_mask
     from transformers.utils.output_capturing import _active_collector
 except ImportError as error:
+    cause: BaseException = error
+    while cause.__cause__ is not None:  # transformers says that it could not import, its causes say why
+        cause = cause.__cause__
     raise ImportError(
-        f"torch_attn.integrations.transformers needs transformers 5.23 or newer ({error}): "
-        "pip install 'torch_attn[transformers]'."
+        f"torch_attn.integrations.transformers needs transformers 5.23 or newer, and importing it failed: {cause}. "
+        "Without it, pip install 'torch_attn[transformers]'."
     ) from error
 
 NAME = "torch_attn"

@@ -61,10 +61,10 @@ def feature_bars(
             dots = values[:, place].tolist()
             ax.scatter(dots, [line] * len(dots), s=9, color=style_.mark, alpha=0.75, linewidths=0, zorder=3)
     reach = values[:, places].max().item() or 1.0
+    across = {"transform": ax.get_yaxis_transform(), "va": "center", "color": style_.ink, "fontsize": 8}
     for line, length in zip(lines, lengths, strict=True):
-        across = ax.get_yaxis_transform()
-        ax.text(1, line, f"{length:#.3g}", transform=across, ha="right", va="center", color=style_.ink, fontsize=8)
-    ax.set(xlim=(0, 1.16 * reach), ylim=(len(places) - 0.5, -0.5))
+        ax.text(1.015, line, f"{length:#.3g}", ha="left", **across)  # beyond the grid, which would cross it out
+    ax.set(xlim=(0, 1.04 * reach), ylim=(len(places) - 0.5, -0.5))
     ax.xaxis.grid(True, color=style_.grid, linewidth=0.6, zorder=0)
     ax.set_axisbelow(True)
     for side in ("top", "right", "bottom"):

@@ -23,6 +23,7 @@ COLOR_SCALES = ("linear", "sqrt", "log")
 LOG_DECADES = 4  # how far below its top a logarithmic colour scale reaches
 
 LABEL_SIZES = (5.5, 9.0)  # points; the smallest that is read without a magnifying glass, and the usual
+BESIDE_THE_AXES = 1.4  # inches left of the axes and a margin, at most: what a title cannot use
 LINE = 1.2  # a line of text needs this many times its font size
 NAMED = " (1 token in "
 LONGEST = 18  # characters; longer tokens are cut, or they would leave no room for the map
@@ -121,6 +122,22 @@ def write_title(ax: Axes, title: str | None, style: Style) -> None:
     if title:
         text = ax.set_title(title, loc="left", color=style.ink, fontsize=11, fontweight="bold", pad=8)
         text.set_parse_math(False)
+        wrap(text, BESIDE_THE_AXES)
+
+
+def wrap(text: Text, margin: float) -> None:
+    """Break the text between words into lines as long as its figure is wide, less so many inches."""
+    room = text.figure.bbox.width - margin * text.figure.dpi
+    done, words = [], text.get_text().split(" ")
+    while words:
+        count = len(words)
+        text.set_text(" ".join(words))
+        while count > 1 and text.get_window_extent().width > room:
+            count -= 1
+            text.set_text(" ".join(words[:count]))
+        done.append(text.get_text())
+        words = words[count:]
+    text.set_text("\n".join(done))
 
 
 def color_bar(ax: Axes, mappable: ScalarMappable, label: str, style: Style, extend: str = "neither") -> None:

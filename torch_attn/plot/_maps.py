@@ -184,7 +184,8 @@ def head_grid(
 
     panel = min(1.9, max(0.9, 9.0 / across))
     ratio = min(2.0, max(0.5, rows.length / cols.length))
-    size = (max(3.6, across * panel + 1.3), layers * down_a_layer * (panel * ratio + 0.08) + 0.7)
+    # The colour bar's label, which stands beside all maps together, needs 2.8 inches.
+    size = (max(3.6, across * panel + 1.3), max(2.8, layers * down_a_layer * (panel * ratio + 0.08) + 0.7))
     panels, chosen, figure = _panels(ax, style, size, layers * down_a_layer, across)
     cells = torch.stack([bin_map(layer, rows, cols, binning) for layer in maps])
     norm = _figure.color_norm(color_scale, vmax, cells.max().item())
@@ -204,7 +205,8 @@ def head_grid(
         note = f"in each map a row is a {query_label}, a column a {key_label}"
         figure.supxlabel(note, x=0.01, ha="left", color=chosen.muted, fontsize=8, parse_math=False)
     if title and ax is None:
-        figure.suptitle(title, x=0.01, ha="left", color=chosen.ink, fontsize=11, fontweight="bold", parse_math=False)
+        font = {"fontsize": 11, "fontweight": "bold", "parse_math": False}
+        _figure.wrap(figure.suptitle(title, x=0.01, ha="left", color=chosen.ink, **font), margin=0.2)
     elif title:
         _figure.write_title(ax, title, chosen)
     bar = figure.colorbar(

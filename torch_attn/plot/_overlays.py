@@ -153,7 +153,8 @@ def spectrogram_overlay(
         edges = torch.linspace(0, covered, frames.cells + 1)
         strip.stairs(cells[0].numpy(), edges.numpy(), fill=True, color=chosen.mark, alpha=0.85)
         strip.set_ylim(0, norm.vmax * 1.05)
-        strip.yaxis.set_major_locator(MaxNLocator(nbins=2, prune="lower"))  # its 0 would touch the labels below
+        # Pruned, as its 0 would touch the labels below.
+        strip.yaxis.set_major_locator(MaxNLocator(nbins=3, steps=[1, 2, 5, 10], prune="lower"))
         strip.set_ylabel("weight")
         _figure.color_bar(ax, glow, label, chosen, "neither")
     else:

@@ -40,7 +40,8 @@ struct DecodeTiles {
     auto* query_rows = scratch.take<uint16_t>(all_rows * head_dim);
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t head = kv_head * (p.heads / p.kv_heads) + row / p.query_length;
-      copy_rows(query_rows + row * head_dim, p.query, head, row % p.query_length, 1, 1, p.head_dim, head_dim);
+      copy_half_rows(query_rows + row * head_dim, p.query, batch, head, row % p.query_length, 1, p.head_dim, 1,
+                     head_dim);
     }
     for (int64_t row = 0; row < rows; row += kTileSide) {
       pack_pairs(query + row * head_dim, kTileSide, {query_rows + row * head_dim, head_dim}, rows - row, head_dim);
@@ -50,7 +51,7 @@ struct DecodeTiles {
   // Tiles are read column by column, which the hardware does not foresee: the keys are first copied, row by row.
   void dots(int64_t key, int64_t keys, float* scores) {
     const int64_t all_keys = round_up(keys, kTileSide);
-    copy_rows(key_scratch, p.key, kv_head, key, keys, all_keys, p.head_dim, head_dim);
+    copy_half_rows(key_scratch, p.key, batch, kv_head, key, keys, p.head_dim, all_keys, head_dim);
     const TileOperand key_operand{key_scratch, head_dim * 2, kTileDepth * 2};
     for (int64_t row = 0; row < rows; row += kTileSide) {
       const TileOperand query_operand{query + row * head_dim, kTileSide * 4, kTileDepth / 2 * kTileSide * 4};
@@ -85,19 +86,6 @@ struct DecodeTiles {
     const TileOperand value_operand{value_pairs, value_dim * 4, kTileDepth / 2 * value_dim * 4};
     tile_product<true>(all_rows / kTileSide, value_dim / kTileSide, all_keys / kTileDepth, weight_operand,
                        value_operand, out, out_stride);
-  }
-
- private:
-  // all_rows × all_columns, padded with zeros.
-  void copy_rows(uint16_t* out, const TensorView& view, int64_t head, int64_t row, int64_t count, int64_t all_count,
-                 int64_t columns, int64_t all_columns) const {
-    const auto* first = reinterpret_cast<const uint16_t*>(element(view, batch, head, row));
-    for (int64_t i = 0; i < all_count; ++i) {
-      const int64_t present = i < count ? columns : 0;
-      if (present > 0) __builtin_memcpy(out + i * all_columns, first + i * view.stride[2], present * sizeof(uint16_t));
-      if (present < all_columns)
-        __builtin_memset(out + i * all_columns + present, 0, (all_columns - present) * sizeof(uint16_t));
-    }
   }
 };
 

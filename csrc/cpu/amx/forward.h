@@ -4,32 +4,16 @@
 #pragma once
 
 #include "../forward.h"
-#include "tiles.h"
+#include "panel.h"
 
 namespace torch_attn::cpu::TORCH_ATTN_ISA {
 
-// One panel is two vectors of lanes: two tiles wide, as one 2 × 2 block of tile products needs.
-constexpr int kAmxVectors = 2;
-constexpr int64_t kAmxLanes = kAmxVectors * kLanes<float>;
 constexpr int64_t kAmxRows = 512;
-constexpr int64_t kAmxKeys = 128;  // at most, see amx_key_block
 
 // Keys per block. Measured on an Intel Xeon with AMX: 64 is 5 to 10 % faster than 128 at head_dim 64, whose tiles then
 // stay in the L1 cache, and 10 % slower at 128, where each block's addition to the output weighs more.
 TA_INLINE int64_t amx_key_block(const AttentionProblem& p) {
   return larger(p.head_dim, p.value_dim) > 64 ? kAmxKeys : kAmxKeys / 2;
-}
-
-// exp(x) for x ≤ kMaximumSlack, with a relative error of 3e-6: for weights that are then rounded to bfloat16. A NaN
-// stays one; near the smallest normal number and below the result is 0. The caller subtracts first: taking log2(e) into
-// the scores' factor would save a multiplication, but lets a large maximum's rounding error through.
-TA_INLINE Vec<float> exp_for_half(Vec<float> x) {
-  const Vec<float> t = x * 1.44269504f;
-  const Vec<float> f = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF);  // t − ⌊t⌋
-  // 2^f, minimax on 0 ≤ f < 1.
-  const Vec<float> y = (((0.013534168f * f + 0.05201146f) * f + 0.24144275f) * f + 0.69300383f) * f + 1.0000026f;
-  const __mmask16 normal = _mm512_cmp_ps_mask(t, splat(-126.0f), _CMP_NLT_UQ);
-  return _mm512_maskz_scalef_ps(normal, y, t);  // multiplies by 2^⌊t⌋
 }
 
 // maximum[lane] is raised to include factor times the dots of keys [begin, end); factor > 0.
@@ -262,8 +246,7 @@ struct AmxForward {
       store(block.maximum + i, Softmax::logsumexp(load(block.maximum + i), sum));
       store(block.sum + i, Softmax::inverse_sum(sum));
     }
-    float* logsumexp =
-        static_cast<float*>(outputs.logsumexp) + (block.batch * p.heads + block.head) * p.query_length + block.row;
+    float* logsumexp = static_cast<float*>(outputs.logsumexp) + p.first_row(block.batch, block.head) + block.row;
     __builtin_memcpy(logsumexp, block.maximum, block.rows * sizeof(float));
     for (int64_t offset = 0; offset < block.lanes; offset += kAmxLanes) {
       store_panel(outputs.out, block.batch, block.head, block.row + offset, smaller(kAmxLanes, block.rows - offset),

@@ -111,19 +111,31 @@ struct HalfRows {
   int64_t stride;
 };
 
+// Copies rows [row, row + rows) of one head to out, all_rows × all_columns, padded with zeros.
+TA_INLINE void copy_half_rows(uint16_t* out, const TensorView& view, int64_t batch, int64_t head, int64_t row,
+                              int64_t rows, int64_t columns, int64_t all_rows, int64_t all_columns) {
+  for_each_run(view, batch, head, row, rows, [&](const char* first, int64_t run, int64_t count) {
+    const auto* from = reinterpret_cast<const uint16_t*>(first);
+    for (int64_t i = 0; i < count; ++i) {
+      uint16_t* to = out + (run + i) * all_columns;
+      if (columns > 0) __builtin_memcpy(to, from + i * view.stride[2], columns * sizeof(uint16_t));
+      if (columns < all_columns) __builtin_memset(to + columns, 0, (all_columns - columns) * sizeof(uint16_t));
+    }
+  });
+  if (rows < all_rows)
+    __builtin_memset(out + rows * all_columns, 0, (all_rows - rows) * all_columns * sizeof(uint16_t));
+}
+
 // Rows [row, row + rows) of one head as all_rows × all_columns bfloat16, padded with zeros: in place where nothing
 // needs padding and rows can be read as pairs, else copied into scratch (all_rows × all_columns).
 TA_INLINE HalfRows half_rows(const TensorView& view, int64_t batch, int64_t head, int64_t row, int64_t rows,
                              int64_t columns, int64_t all_rows, int64_t all_columns, uint16_t* scratch) {
-  const auto* first = reinterpret_cast<const uint16_t*>(element(view, batch, head, row));
-  const bool paired = view.stride[2] % 2 == 0 && reinterpret_cast<uintptr_t>(first) % 4 == 0;
-  if (paired && rows == all_rows && columns == all_columns) return {first, view.stride[2]};
-  for (int64_t i = 0; i < all_rows; ++i) {
-    uint16_t* out = scratch + i * all_columns;
-    const int64_t count = i < rows ? columns : 0;
-    if (count > 0) __builtin_memcpy(out, first + i * view.stride[2], count * sizeof(uint16_t));
-    if (count < all_columns) __builtin_memset(out + count, 0, (all_columns - count) * sizeof(uint16_t));
+  if (rows == all_rows && columns == all_columns && is_one_run(view, row, rows)) {
+    const auto* first = reinterpret_cast<const uint16_t*>(element(view, batch, head, row));
+    const bool paired = view.stride[2] % 2 == 0 && reinterpret_cast<uintptr_t>(first) % 4 == 0;
+    if (paired) return {first, view.stride[2]};
   }
+  copy_half_rows(scratch, view, batch, head, row, rows, columns, all_rows, all_columns);
   return {scratch, all_columns};
 }
 
@@ -132,7 +144,7 @@ typedef uint16_t HalfVec __attribute__((vector_size(64)));
 typedef uint16_t HalfVecUnaligned __attribute__((vector_size(64), aligned(2), may_alias));
 
 // out[i / 2][column][i % 2] = rows[i][column]; rows and columns are multiples of 2 and 32.
-TA_NOINLINE void pair_rows(uint16_t* out, HalfRows in, int64_t rows, int64_t columns) {
+TA_NOINLINE inline void pair_rows(uint16_t* out, HalfRows in, int64_t rows, int64_t columns) {
   HalfVec low{}, high{};
 #pragma GCC unroll 32
   for (int i = 0; i < 32; ++i) {
@@ -170,12 +182,14 @@ TA_INLINE void store_halves(uint16_t* out, Vec<float> low, Vec<float> high) {
   _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(high, low));
 }
 // Lane by lane: the bfloat16 of first next to that of second.
-TA_INLINE void store_pairs(uint16_t* out, Vec<float> first, Vec<float> second) {
+TA_INLINE __m512i pairs_of(Vec<float> first, Vec<float> second) {
   HalfVec order{};
 #pragma GCC unroll 32
   for (int i = 0; i < 32; ++i) order[i] = static_cast<uint16_t>((i & 1) * 16 + i / 2);
-  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(second, first);
-  _mm512_storeu_si512(out, _mm512_permutexvar_epi16((__m512i)order, halves));
+  return _mm512_permutexvar_epi16((__m512i)order, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+}
+TA_INLINE void store_pairs(uint16_t* out, Vec<float> first, Vec<float> second) {
+  _mm512_storeu_si512(out, pairs_of(first, second));
 }
 
 }  // namespace torch_attn::cpu::TORCH_ATTN_ISA

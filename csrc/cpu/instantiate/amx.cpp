@@ -38,7 +38,10 @@ static void forward(const AttentionProblem& p, const ForwardOutputs& outputs, co
 static bool has_large_logsumexp(const AttentionProblem& p, const BackwardTensors& t) {
   const float* logsumexp = static_cast<const float*>(t.logsumexp);
   bool any = false;
-  for (int64_t i = 0; i < p.batch * p.heads * p.query_length; ++i) any |= is_large_logsumexp(logsumexp[i]);
+  for (int64_t head = 0; head < p.batch * p.heads; ++head) {
+    const float* row = logsumexp + p.first_row(head / p.heads, head % p.heads);
+    for (int64_t i = 0; i < p.query_length; ++i) any |= is_large_logsumexp(row[i]);
+  }
   return any;
 }
 

@@ -6,7 +6,7 @@
 
 namespace torch_attn::cpu {
 
-const MapKernelTable kAvx2MapKernels = {avx2::attention_statistics, avx2::attention_weights,
+const MapKernelTable kAvx2MapKernels = {avx2::attention_statistics, avx2::weights_by_type<avx2::VectorPanel>,
                                         avx2::attention_map_backward};
 
 }  // namespace torch_attn::cpu

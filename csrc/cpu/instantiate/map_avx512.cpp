@@ -6,7 +6,7 @@
 
 namespace torch_attn::cpu {
 
-const MapKernelTable kAvx512MapKernels = {avx512::attention_statistics, avx512::attention_weights,
+const MapKernelTable kAvx512MapKernels = {avx512::attention_statistics, avx512::weights_by_type<avx512::VectorPanel>,
                                           avx512::attention_map_backward};
 
 }  // namespace torch_attn::cpu

@@ -6,7 +6,7 @@
 
 namespace torch_attn::cpu {
 
-const MapKernelTable kBaselineMapKernels = {baseline::attention_statistics, baseline::attention_weights,
-                                            baseline::attention_map_backward};
+const MapKernelTable kBaselineMapKernels = {
+    baseline::attention_statistics, baseline::weights_by_type<baseline::VectorPanel>, baseline::attention_map_backward};
 
 }  // namespace torch_attn::cpu

@@ -21,13 +21,17 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t row = (tiles - 1 - index % tiles) * kTile;  // the longest rows of a causal mask first
   index /= tiles;
   const int64_t head = index % p.heads, batch = index / p.heads;
-  const int64_t row_end = row + kTile < p.query_length ? row + kTile : p.query_length;
+  const int64_t queries = p.queries_of(batch);
+  if (row >= queries) return;  // of a packed sequence shorter than others
+  const int64_t row_end = row + kTile < queries ? row + kTile : queries;
 
   const HeadScore<Real> score(p, batch, head);
   const int64_t kv_head = head / p.group_size();
-  const Rows<T> query(p.query, batch, head, p.query_length, p.head_dim);
-  const Rows<T> key(p.key, batch, kv_head, p.key_length, p.head_dim);
-  const Rows<T> value(p.value, batch, kv_head, p.key_length, p.value_dim);
+  const Rows<T> query(p.query, batch, head, queries, p.head_dim, p.first_query(batch));
+  // What lies behind the last key is not read: in a paged cache, neither rows nor pages need be valid there.
+  const int64_t keys = score.band.key_length;
+  const KeyRows<T> key(p.key, batch, kv_head, keys, p.head_dim, p.first_key(batch));
+  const KeyRows<T> value(p.value, batch, kv_head, keys, p.value_dim, p.first_key(batch));
 
   // A sink is a score seen before the first key, which adds to the sum and not to the output.
   const Real sink = p.sinks.defined() ? per_head<Real>(p.sinks, batch, head) : Math<Real>::negative_infinity();
@@ -76,10 +80,10 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = 0; i < kPerThread; ++i) {
     factor[i] = Softmax::inverse_sum(sum[i]) * (score.dropout_on ? score.keep_scale : Real(1));
     const int64_t r = row + thread_y() * kPerThread + i;
-    if (column == 0 && thread_x() == 0 && r < p.query_length)
-      static_cast<Real*>(out.logsumexp)[score.batch_head * p.query_length + r] = Softmax::logsumexp(maximum[i], sum[i]);
+    if (column == 0 && thread_x() == 0 && r < queries)
+      static_cast<Real*>(out.logsumexp)[score.first_row + r] = Softmax::logsumexp(maximum[i], sum[i]);
   }
-  store_rows<T>(out.out, batch, head, row, p.query_length, column, p.value_dim, result, factor);
+  store_rows<T>(out.out, batch, head, row, queries, column, p.value_dim, result, factor, p.first_query(batch));
 }
 
 template <class T, int kColumns>

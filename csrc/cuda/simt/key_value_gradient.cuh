@@ -25,26 +25,29 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t first = index % tiles * kTile;  // the keys [first, first + kTile)
   index /= tiles;
   const int64_t kv_head = index % p.kv_heads, batch = index / p.kv_heads;
+  const int64_t queries = p.queries_of(batch), keys = p.keys_of(batch);
+  const int64_t first_query = p.first_query(batch), first_key = p.first_key(batch);
+  if (first >= keys) return;  // of a packed sequence shorter than others
   const bool want_key = t.grad_key.defined() && column < p.head_dim;
   const bool want_value = t.grad_value.defined() && column < p.value_dim;
 
-  const Rows<T> key(p.key, batch, kv_head, p.key_length, p.head_dim);
-  const Rows<T> value(p.value, batch, kv_head, p.key_length, p.value_dim);
+  const Rows<T> key(p.key, batch, kv_head, keys, p.head_dim, first_key);
+  const Rows<T> value(p.value, batch, kv_head, keys, p.value_dim, first_key);
   Real grad_key[kPerThread][kColumns / kSide] = {}, grad_value[kPerThread][kColumns / kSide] = {};
   Real keep_scale[kPerThread];
 
   for (int64_t head = kv_head * p.group_size(); head < (kv_head + 1) * p.group_size(); ++head) {
     const HeadScore<Real> score(p, batch, head);
-    const Rows<T> query(p.query, batch, head, p.query_length, p.head_dim);
-    const Rows<T> grad_out(t.grad_out, batch, head, p.query_length, p.value_dim);
+    const Rows<T> query(p.query, batch, head, queries, p.head_dim, first_query);
+    const Rows<T> grad_out(t.grad_out, batch, head, queries, p.value_dim, first_query);
     const RowRange range = score.rows_of_any(first, first + kTile);
     for (int64_t row = range.begin / kTile * kTile; row < range.end; row += kTile) {
-      const int64_t row_end = row + kTile < p.query_length ? row + kTile : p.query_length;
+      const int64_t row_end = row + kTile < queries ? row + kTile : queries;
       Real dot[kPerThread][kPerThread] = {}, grad_weight[kPerThread][kPerThread] = {};
       multiply_transposed(dot, shared, key, first, query, row);
       if (want_key) multiply_transposed(grad_weight, shared, value, first, grad_out, row);
       const bool tested = !score.unmasked(row, row_end, first, first + kTile);
-      const BackwardRows<Real> rows(p, t, statistics, score.batch_head, row);
+      const BackwardRows<Real> rows(score, t, statistics, row);
 #pragma unroll
       for (int j = 0; j < kPerThread; ++j) {
         const int64_t r = row + thread_x() + kSide * j;
@@ -80,9 +83,9 @@ __global__ void __launch_bounds__(kThreads)
   const Real one[kPerThread] = {1, 1, 1, 1};
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) keep_scale[i] = scale;
-  if (want_key) store_rows<T>(t.grad_key, batch, kv_head, first, p.key_length, column, p.head_dim, grad_key, one);
+  if (want_key) store_rows<T>(t.grad_key, batch, kv_head, first, keys, column, p.head_dim, grad_key, one, first_key);
   if (want_value)
-    store_rows<T>(t.grad_value, batch, kv_head, first, p.key_length, column, p.value_dim, grad_value, keep_scale);
+    store_rows<T>(t.grad_value, batch, kv_head, first, keys, column, p.value_dim, grad_value, keep_scale, first_key);
 }
 
 template <class T, int kColumns>

@@ -4,100 +4,18 @@
 #pragma once
 
 #include "../launch.h"
+#include "../weight_gradients.cuh"
 #include "map_tile.cuh"
 #include "mask_gradient.cuh"
 
 namespace torch_attn::cuda::simt {
 
-// d loss / d P of one head, term by term (see MapBackwardTensors): for kPerThread keys of a row, key + step · n.
-template <class T>
-struct WeightGradients {
-  using Real = Accumulator<T>;
-
-  const MapBackwardTensors& t;
-  int64_t rows, keys, first_row;  // sizes, and the number of row 0 in (B, Hq, L)
-  const Real* columns;            // column_sum's gradients; null: none
-  const T* dense;                 // null: none
-  Real dense_factor;
-
-  TA_DEVICE WeightGradients(const AttentionProblem& p, const MapBackwardTensors& tensors, int64_t batch, int64_t head)
-      : t(tensors),
-        rows(p.query_length),
-        keys(p.key_length),
-        first_row((batch * p.heads + head) * p.query_length),
-        columns(nullptr),
-        dense(nullptr),
-        dense_factor(static_cast<Real>(tensors.weights_factor)) {
-    if (t.column_sum) columns = static_cast<const Real*>(t.column_sum) + (batch * p.heads + head) * p.key_length;
-    if (t.weights.defined())
-      dense = static_cast<const T*>(t.weights.data) + batch * t.weights.stride[0] + head * t.weights.stride[1];
-  }
-
-  // Sets `gradient` to the terms whose sums over the row the caller knows.
-  TA_DEVICE void known(Real (&gradient)[kPerThread], const MapScore<Real>& score, const BackwardRow<Real>& stats,
-                       int64_t row, int64_t key, int step, const Real (&scores)[kPerThread]) const {
-#pragma unroll
-    for (int n = 0; n < kPerThread; ++n) gradient[n] = 0;
-    if (row >= rows) return;
-    const int64_t place = first_row + row;
-    if (t.entropy || t.mean_distance || t.window_mass) {
-      const auto number = [&](const void* of_rows) {
-        return of_rows ? static_cast<const Real*>(of_rows)[place] : Real(0);
-      };
-      const RowGradients<Math<Real>> gradients{number(t.entropy), number(t.mean_distance), number(t.window_mass)};
-      const Real log_scale = stats.scale == 1 ? Real(0) : Math<Real>::log(stats.scale);
-#pragma unroll
-      for (int n = 0; n < kPerThread; ++n)
-        gradient[n] = gradients.at(scores[n] - stats.logsumexp + log_scale, score.distance(row, key + step * n),
-                                   static_cast<Real>(t.mass_window));
-    }
-    for (int64_t c = 0; c < t.chosen; ++c) {
-      const int64_t chosen = t.chosen_keys[place * t.chosen + c];
-      const Real weight = static_cast<const Real*>(t.chosen_weights)[place * t.chosen + c];
-#pragma unroll
-      for (int n = 0; n < kPerThread; ++n)
-        if (chosen == key + step * n) gradient[n] += weight;
-    }
-  }
-
-  // Adds the others to it.
-  TA_DEVICE void add_unknown(Real (&gradient)[kPerThread], int64_t row, int64_t key, int step) const {
-    if (row >= rows) return;
-#pragma unroll
-    for (int n = 0; n < kPerThread; ++n) {
-      const int64_t k = key + step * n;
-      if (k >= keys) continue;
-      if (columns) gradient[n] += columns[k];
-      if (dense) gradient[n] += load(dense + row * t.weights.stride[2] + k) * dense_factor;
-    }
-  }
-
-  // d loss / d score, from the scores.
-  TA_DEVICE void of_scores(Real (&gradient)[kPerThread], const MapScore<Real>& score, const BackwardRow<Real>& stats,
-                           int64_t row, int64_t key, int step, const Real (&scores)[kPerThread]) const {
-    known(gradient, score, stats, row, key, step, scores);
-    if (columns || dense) add_unknown(gradient, row, key, step);
-#pragma unroll
-    for (int n = 0; n < kPerThread; ++n) gradient[n] = stats.weight(scores[n]) * (gradient[n] - stats.delta);
-  }
+// The keys of a thread in a row of its tile.
+struct KeysOfRow {
+  int64_t first;
+  int step;
+  TA_DEVICE int offset(int n) const { return step * n; }
 };
-
-// What row_statistics.cuh keeps of each row: delta as far as the caller knows it. A warp for each row.
-template <class T>
-__global__ void __launch_bounds__(kStatisticsThreads)
-    map_row_kernel(const __grid_constant__ AttentionProblem p, const __grid_constant__ MapBackwardTensors t,
-                   const RowStatistics<Accumulator<T>> statistics) {
-  using Real = Accumulator<T>;
-  const int64_t index = int64_t{blockIdx.x} * (kStatisticsThreads / 32) + threadIdx.x / 32;  // of (B, Hq, L)
-  if (index >= p.batch * p.heads * p.query_length) return;
-  const int64_t head = index / p.query_length % p.heads, batch = index / p.query_length / p.heads;
-  const MapScore<Real> score(p, batch, head);
-  const Real scale = weight_scale_of_row<T>(p, score, batch, head, index % p.query_length,
-                                            static_cast<const Real*>(t.logsumexp)[index]);
-  if (threadIdx.x % 32 != 0) return;
-  statistics.delta[index] = t.grad_logsumexp ? -static_cast<const Real*>(t.grad_logsumexp)[index] : Real(0);
-  statistics.weight_scale[index] = scale;
-}
 
 // One block per 64 rows: the rest of delta.
 template <class T>
@@ -129,7 +47,7 @@ __global__ void __launch_bounds__(kThreads)
       const int64_t r = row + thread_y() * kPerThread + i;
       const BackwardRow<Real> stats = rows[thread_y() * kPerThread + i];
       Real gradient[kPerThread] = {}, of_tile = 0;
-      source.add_unknown(gradient, r, first + thread_x(), kSide);
+      source.add_unknown(gradient, r, KeysOfRow{first + thread_x(), kSide});
 #pragma unroll
       for (int j = 0; j < kPerThread; ++j)
         of_tile += gradient[j] *
@@ -186,7 +104,7 @@ __global__ void __launch_bounds__(kThreads)
         dot[i][j] = score.mod.capped(dot[i][j]);
         scores[j] = score.score(dot[i][j], r, k + kSide * j, tested);
       }
-      source.of_scores(gradient, score, rows[thread_y() * kPerThread + i], r, k, kSide, scores);
+      source.of_scores(gradient, score, rows[thread_y() * kPerThread + i], r, KeysOfRow{k, kSide}, scores);
 #pragma unroll
       for (int j = 0; j < kPerThread; ++j) {
         if (t.grad_alibi_slopes) grad_slope[i] += gradient[j] * score.alibi_derivative(r, k + kSide * j);
@@ -250,7 +168,7 @@ __global__ void __launch_bounds__(kThreads)
           dot[i][j] = score.mod.capped(dot[i][j]);
           scores[i] = score.score(dot[i][j], r, k + i, tested);
         }
-        source.of_scores(gradient, score, rows[thread_x() + kSide * j], r, k, 1, scores);
+        source.of_scores(gradient, score, rows[thread_x() + kSide * j], r, KeysOfRow{k, 1}, scores);
 #pragma unroll
         for (int i = 0; i < kPerThread; ++i)
           shared.weights[(thread_y() * kPerThread + i) * shared.kWeightPitch + thread_x() + kSide * j] =
@@ -295,7 +213,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
             for (int j = 0; j < kPerThread; ++j)
               scores[j] = score.score(score.mod.capped(dot[i][j]), r, k + kSide * j, true);
-            source.of_scores(gradient, score, rows[thread_y() * kPerThread + i], r, k, kSide, scores);
+            source.of_scores(gradient, score, rows[thread_y() * kPerThread + i], r, KeysOfRow{k, kSide}, scores);
 #pragma unroll
             for (int j = 0; j < kPerThread; ++j) sum[i][j] += gradient[j];
           }
@@ -303,18 +221,13 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
   }
-  block.store(t.grad_attn_mask, shared, sum);
+  store_mask_gradient(block, t.grad_attn_mask, shared, sum);
 }
 
 template <class T>
 void map_row_terms(const AttentionProblem& p, const MapBackwardTensors& t, void* workspace, const Stream& stream) {
-  const RowStatistics<Accumulator<T>> statistics(p, workspace);
-  constexpr int64_t kRowsPerBlock = kStatisticsThreads / 32;
-  launch(map_row_kernel<T>, (p.batch * p.heads * p.query_length + kRowsPerBlock - 1) / kRowsPerBlock,
-         kStatisticsThreads, 0, stream, p, t, statistics);
-  if (t.column_sum || t.weights.defined())
-    launch(map_row_terms_kernel<T>, p.batch * p.heads * tiles_of(p.query_length), kThreads,
-           sizeof(MapShared<Accumulator<T>>), stream, p, t, statistics);
+  launch(map_row_terms_kernel<T>, p.batch * p.heads * tiles_of(p.query_length), kThreads,
+         sizeof(MapShared<Accumulator<T>>), stream, p, t, RowStatistics<Accumulator<T>>(p, workspace));
 }
 
 template <class T>

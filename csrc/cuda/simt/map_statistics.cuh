@@ -151,10 +151,7 @@ __global__ void __launch_bounds__(kThreads)
     write(out.mean_distance, of_row.mean_distance);
     write(out.window_mass, of_row.window_mass);
     if (out.argmax) out.argmax[first_row + in_block] = lowest_key == INT64_MAX ? -1 : lowest_key;
-    // The highest weight over what logsumexp says it is; see kLargeLogsumexp.
-    const Real told = M::exp(highest - of_row.logsumexp);
-    const bool large = M::abs(of_row.logsumexp) > static_cast<Real>(kLargeLogsumexp);
-    weight_scale[first_row + in_block] = large && told > 0 ? of_row.factor / told : Real(1);
+    weight_scale[first_row + in_block] = weight_scale_of(highest, of_row.factor, of_row.logsumexp);
     shared.stage[in_block] = highest;
     shared.stage[kTile + in_block] = of_row.factor;
   }

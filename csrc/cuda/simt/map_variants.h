@@ -7,13 +7,14 @@
 
 namespace torch_attn::cuda::simt {
 
-// The workspace holds a number of accumulator type for each row.
+// The workspace holds each row's weight_scale, which map_statistics writes and map_weights reads.
 template <class T>
 void map_statistics(const AttentionProblem&, const StatisticsOutputs&, void* workspace, const Stream&);
 template <class T>
 void map_weights(const AttentionProblem&, const WeightsOutputs&, void* workspace, const Stream&);
 
-// The workspace is that of row_statistics.cuh, which map_row_terms fills; it comes first.
+// The workspace is that of row_statistics.cuh. map_row_terms comes first, where there are terms whose sums the caller
+// does not know.
 template <class T>
 void map_row_terms(const AttentionProblem&, const MapBackwardTensors&, void* workspace, const Stream&);
 template <class T>

@@ -7,19 +7,6 @@
 
 namespace torch_attn::cuda::simt {
 
-// The rows' weight_scale; a warp for each row.
-template <class T>
-__global__ void __launch_bounds__(kStatisticsThreads)
-    weight_scale_kernel(const __grid_constant__ AttentionProblem p, const Accumulator<T>* logsumexp,
-                        Accumulator<T>* weight_scale) {
-  const int64_t index = int64_t{blockIdx.x} * (kStatisticsThreads / 32) + threadIdx.x / 32;  // of (B, Hq, L)
-  if (index >= p.batch * p.heads * p.query_length) return;
-  const int64_t head = index / p.query_length % p.heads, batch = index / p.query_length / p.heads;
-  const MapScore<Accumulator<T>> score(p, batch, head);
-  const Accumulator<T> scale = weight_scale_of_row<T>(p, score, batch, head, index % p.query_length, logsumexp[index]);
-  if (threadIdx.x % 32 == 0) weight_scale[index] = scale;
-}
-
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     map_weights_kernel(const __grid_constant__ AttentionProblem p, const __grid_constant__ WeightsOutputs out,
@@ -78,14 +65,9 @@ __global__ void __launch_bounds__(kThreads)
 template <class T>
 void map_weights(const AttentionProblem& p, const WeightsOutputs& out, void* workspace, const Stream& stream) {
   using Real = Accumulator<T>;
-  Real* const weight_scale = static_cast<Real*>(workspace);
-  constexpr int64_t kRowsPerBlock = kStatisticsThreads / 32;
-  launch<AttentionProblem, const Real*, Real*>(
-      weight_scale_kernel<T>, (p.batch * p.heads * p.query_length + kRowsPerBlock - 1) / kRowsPerBlock,
-      kStatisticsThreads, 0, stream, p, static_cast<const Real*>(out.logsumexp), weight_scale);
   launch<AttentionProblem, WeightsOutputs, const Real*>(
       map_weights_kernel<T>, p.batch * (out.mean ? 1 : p.heads) * tiles_of(p.query_length) * tiles_of(p.key_length),
-      kThreads, sizeof(MapShared<Real>), stream, p, out, weight_scale);
+      kThreads, sizeof(MapShared<Real>), stream, p, out, static_cast<const Real*>(workspace));
 }
 
 }  // namespace torch_attn::cuda::simt

@@ -1,76 +1,27 @@
-// grad_attn_mask, in the mask's own broadcast shape: one block per 64 x 64 tile of it. The block goes through
-// everything that the mask was broadcast over (batches, heads, rows, keys) and sums in a fixed order, so the gradient
-// is deterministic. Every tier uses this kernel; hard attention's has the same blocks.
+// grad_attn_mask for any type and size. Hard attention's has the same blocks.
 #pragma once
 
+#include "../mask_block.cuh"
 #include "../row_statistics.cuh"
 #include "tile.cuh"
 
 namespace torch_attn::cuda::simt {
 
-// The part of one dimension that a block covers: one index or tile of it, or all when the mask was broadcast over it.
-struct Extent {
-  int64_t begin, end;
+static_assert(kTile == kMaskTile, "");
 
-  // Takes this dimension's index off the block index.
-  TA_DEVICE static Extent take(int64_t& block, int64_t size, int64_t tile, int64_t mask_stride) {
-    if (mask_stride == 0) return {0, size};
-    const int64_t tiles = ceil_div(size, tile), begin = block % tiles * tile;
-    block /= tiles;
-    return {begin, begin + tile < size ? begin + tile : size};
-  }
-};
-
-// What one block sums and writes.
-struct MaskBlock {
-  Extent keys, rows, heads, batches;
-
-  TA_DEVICE MaskBlock(const AttentionProblem& p, const TensorView& mask) {
-    int64_t block = blockIdx.x;
-    keys = Extent::take(block, p.key_length, kTile, mask.stride[3]);
-    rows = Extent::take(block, p.query_length, kTile, mask.stride[2]);
-    heads = Extent::take(block, p.heads, 1, mask.stride[1]);
-    batches = Extent::take(block, p.batch, 1, mask.stride[0]);
-  }
-
-  // The block's sums to the mask's gradient. Where the mask was broadcast over rows (keys), the tile's rows (keys) all
-  // belong to one element of it.
-  template <class Real>
-  TA_DEVICE void store(const TensorView& mask, Shared<Real, kTile>& shared,
-                       const Real (&sum)[kPerThread][kPerThread]) const {
-    __syncthreads();
-    Real* const tile = shared.weights;
-    constexpr int kPitch = Shared<Real, kTile>::kWeightPitch;
+// Each thread's part of the block's sums to the mask's gradient.
+template <class Real>
+TA_DEVICE void store_mask_gradient(const MaskBlock& block, const TensorView& mask, Shared<Real, kTile>& shared,
+                                   const Real (&sum)[kPerThread][kPerThread]) {
+  __syncthreads();
+  constexpr int kPitch = Shared<Real, kTile>::kWeightPitch;
 #pragma unroll
-    for (int i = 0; i < kPerThread; ++i)
+  for (int i = 0; i < kPerThread; ++i)
 #pragma unroll
-      for (int j = 0; j < kPerThread; ++j)
-        tile[(thread_y() * kPerThread + i) * kPitch + thread_x() + kSide * j] = sum[i][j];
-    __syncthreads();
-
-    const bool one_row = mask.stride[2] == 0, one_key = mask.stride[3] == 0;
-    const int tile_rows = one_row ? 1 : static_cast<int>(rows.end - rows.begin);
-    const int tile_keys = one_key ? 1 : static_cast<int>(keys.end - keys.begin);
-    Real* const to = static_cast<Real*>(mask.data) + batches.begin * mask.stride[0] + heads.begin * mask.stride[1] +
-                     rows.begin * mask.stride[2] + keys.begin * mask.stride[3];
-    for (int i = threadIdx.x; i < tile_rows * tile_keys; i += kThreads) {
-      const int r = i / tile_keys, k = i % tile_keys;
-      Real total = 0;
-      for (int r2 = r; r2 < (one_row ? kTile : r + 1); ++r2) {
-        Real of_row = 0;  // apart, so that a long sum loses fewer digits
-        for (int k2 = k; k2 < (one_key ? kTile : k + 1); ++k2) of_row += tile[r2 * kPitch + k2];
-        total += of_row;
-      }
-      to[r * mask.stride[2] + k * mask.stride[3]] = total;
-    }
-  }
-};
-
-inline int64_t mask_gradient_blocks(const AttentionProblem& p, const TensorView& mask) {
-  const auto parts = [&](int dimension, int64_t size, int64_t tile) {
-    return mask.stride[dimension] == 0 ? 1 : (size + tile - 1) / tile;
-  };
-  return parts(0, p.batch, 1) * parts(1, p.heads, 1) * parts(2, p.query_length, kTile) * parts(3, p.key_length, kTile);
+    for (int j = 0; j < kPerThread; ++j)
+      shared.weights[(thread_y() * kPerThread + i) * kPitch + thread_x() + kSide * j] = sum[i][j];
+  __syncthreads();
+  block.store(mask, shared.weights, kPitch, kThreads);
 }
 
 template <class T>
@@ -115,7 +66,7 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
   }
-  block.store(t.grad_attn_mask, shared, sum);
+  store_mask_gradient(block, t.grad_attn_mask, shared, sum);
 }
 
 template <class T>

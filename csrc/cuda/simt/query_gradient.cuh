@@ -22,16 +22,19 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t row = (tiles - 1 - index % tiles) * kTile;
   index /= tiles;
   const int64_t head = index % p.heads, batch = index / p.heads;
-  const int64_t row_end = row + kTile < p.query_length ? row + kTile : p.query_length;
+  const int64_t queries = p.queries_of(batch), keys = p.keys_of(batch);
+  const int64_t first_query = p.first_query(batch), first_key = p.first_key(batch);
+  if (row >= queries) return;  // of a packed sequence shorter than others
+  const int64_t row_end = row + kTile < queries ? row + kTile : queries;
 
   const HeadScore<Real> score(p, batch, head);
   const int64_t kv_head = head / p.group_size();
-  const Rows<T> query(p.query, batch, head, p.query_length, p.head_dim);
-  const Rows<T> key(p.key, batch, kv_head, p.key_length, p.head_dim);
-  const Rows<T> value(p.value, batch, kv_head, p.key_length, p.value_dim);
-  const Rows<T> grad_out(t.grad_out, batch, head, p.query_length, p.value_dim);
+  const Rows<T> query(p.query, batch, head, queries, p.head_dim, first_query);
+  const Rows<T> key(p.key, batch, kv_head, keys, p.head_dim, first_key);
+  const Rows<T> value(p.value, batch, kv_head, keys, p.value_dim, first_key);
+  const Rows<T> grad_out(t.grad_out, batch, head, queries, p.value_dim, first_query);
 
-  const BackwardRows<Real> tile_rows(p, t, statistics, score.batch_head, row);
+  const BackwardRows<Real> tile_rows(score, t, statistics, row);
   BackwardRow<Real> rows[kPerThread];
   Real grad_slope[kPerThread] = {}, result[kPerThread][kColumns / kSide] = {};
 #pragma unroll
@@ -66,12 +69,12 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < kPerThread; ++i) {
       const int64_t r = row + thread_y() * kPerThread + i;
       const Real total = row_sum(grad_slope[i]);
-      if (thread_x() == 0 && r < p.query_length) statistics.grad_slope[score.batch_head * p.query_length + r] = total;
+      if (thread_x() == 0 && r < queries) statistics.grad_slope[score.first_row + r] = total;
     }
   }
   const Real one[kPerThread] = {1, 1, 1, 1};
   if (t.grad_query.defined())
-    store_rows<T>(t.grad_query, batch, head, row, p.query_length, column, p.head_dim, result, one);
+    store_rows<T>(t.grad_query, batch, head, row, queries, column, p.head_dim, result, one, first_query);
 }
 
 template <class T, int kColumns>

@@ -236,7 +236,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<T>)
       }
     }
   }
-  block.store(t.grad_attn_mask, shared, sum);
+  store_mask_gradient(block, t.grad_attn_mask, shared, sum);
 }
 
 template <class T, int kColumns>

@@ -1,6 +1,7 @@
 // The portable tier: serves every call, on every GPU that the library is built for.
 #include "../tier.h"
 
+#include "../with_type.h"
 #include "variants.h"
 
 namespace torch_attn::cuda::simt {
@@ -48,8 +49,12 @@ void run_key_value_gradient(const AttentionProblem& p, const BackwardTensors& t,
   variant_for(p.dtype, p.head_dim > p.value_dim ? p.head_dim : p.value_dim).key_value_gradient(p, t, workspace, stream);
 }
 
+void run_mask_gradient(const AttentionProblem& p, const BackwardTensors& t, void* statistics, const Stream& stream) {
+  with_type(p.dtype, [&](auto tag) { mask_gradient<typename decltype(tag)::Type>(p, t, statistics, stream); });
+}
+
 }  // namespace
 
-const Tier kTier = {"simt", plan, run_forward, run_query_gradient, run_key_value_gradient, nullptr};
+const Tier kTier = {"simt", plan, run_forward, run_query_gradient, run_key_value_gradient, run_mask_gradient, nullptr};
 
 }  // namespace torch_attn::cuda::simt

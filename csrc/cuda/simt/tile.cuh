@@ -30,25 +30,32 @@ TA_DEVICE Vector<T> load_vector(const T* p) {  // p is 16-byte aligned
   return v;
 }
 
-// The rows of one head of query, key, value or grad_out. Reading outside gives zeros.
+// The rows of one head of query, key, value or grad_out, from `first` on. Reading outside gives zeros.
 template <class T>
 struct Rows {
+  using Element = T;
   const T* data;
   int64_t stride, count;
   int columns;
   bool aligned;  // whole vectors can be read
 
-  TA_DEVICE Rows(const TensorView& view, int64_t batch, int64_t head, int64_t row_count, int64_t column_count)
-      : data(static_cast<const T*>(view.data) + batch * view.stride[0] + head * view.stride[1]),
+  TA_DEVICE Rows(const TensorView& view, int64_t batch, int64_t head, int64_t row_count, int64_t column_count,
+                 int64_t first = 0)
+      : data(static_cast<const T*>(view.data) + batch * view.stride[0] + head * view.stride[1] +
+             first * view.stride[2]),
         stride(view.stride[2]),
         count(row_count),
         columns(static_cast<int>(column_count)),
         aligned(((reinterpret_cast<uintptr_t>(data) | stride * sizeof(T) | columns * sizeof(T)) & 15) == 0) {}
 
   TA_DEVICE Vector<T> vector(int64_t row, int column) const {
+    return row < count ? vector_of(data + row * stride, column) : Vector<T>{};
+  }
+
+ protected:
+  TA_DEVICE Vector<T> vector_of(const T* row, int column) const {
     Vector<T> v{};
-    if (row >= count) return v;
-    const T* p = data + row * stride + column;
+    const T* p = row + column;
     if (aligned) {
       if (column < columns) v = load_vector(p);
     } else {
@@ -60,9 +67,33 @@ struct Rows {
   }
 };
 
+// Keys or values, which may lie in pages: the one place of this tier where these are looked up.
+template <class T>
+struct KeyRows : Rows<T> {
+  const int32_t* pages;  // of the batch entry; null: not paged
+  int64_t page_rows, page_stride;
+
+  TA_DEVICE KeyRows(const TensorView& view, int64_t batch, int64_t head, int64_t row_count, int64_t column_count,
+                    int64_t first)
+      : Rows<T>(view, view.pages ? 0 : batch, head, row_count, column_count, first),
+        pages(view.pages ? view.pages + batch * view.pages_stride : nullptr),
+        page_rows(view.page_rows),
+        page_stride(view.stride[0]) {
+    if (pages && page_stride * sizeof(T) % 16 != 0) this->aligned = false;
+  }
+
+  TA_DEVICE Vector<T> vector(int64_t row, int column) const {
+    if (!pages || row >= this->count) return Rows<T>::vector(row, column);
+    const int64_t page = pages[row / page_rows];
+    return this->vector_of(this->data + page * page_stride + row % page_rows * this->stride, column);
+  }
+};
+
 // Copies kRows x kColumns elements from (row, column) on into shared memory, converted; `pitch` is its row length.
-template <int kRows, int kColumns, class T, class Real>
-TA_DEVICE void load_block(Real* block, int pitch, const Rows<T>& rows, int64_t row, int column) {
+// Source: Rows or KeyRows.
+template <int kRows, int kColumns, class Source, class Real>
+TA_DEVICE void load_block(Real* block, int pitch, const Source& rows, int64_t row, int column) {
+  using T = typename Source::Element;
   constexpr int kWidth = Vector<T>::kWidth, kPerRow = kColumns / kWidth;
   constexpr int kLoads = (kRows * kPerRow + kThreads - 1) / kThreads;
   constexpr bool kExact = kRows * kPerRow % kThreads == 0;
@@ -106,9 +137,9 @@ TA_DEVICE int thread_x() { return static_cast<int>(threadIdx.x) % kSide; }
 TA_DEVICE int thread_y() { return static_cast<int>(threadIdx.x) / kSide; }
 
 // sum[i][j] += (row a_row + 4y + i of a) · (row b_row + x + 16j of b).
-template <class T, class Real, int kColumns>
-TA_DEVICE void multiply_transposed(Real (&sum)[kPerThread][kPerThread], Shared<Real, kColumns>& shared,
-                                   const Rows<T>& a, int64_t a_row, const Rows<T>& b, int64_t b_row) {
+template <class A, class B, class Real, int kColumns>
+TA_DEVICE void multiply_transposed(Real (&sum)[kPerThread][kPerThread], Shared<Real, kColumns>& shared, const A& a,
+                                   int64_t a_row, const B& b, int64_t b_row) {
   using S = Shared<Real, kColumns>;
   Real* const a_stage = shared.stage;
   Real* const b_stage = shared.stage + kTile * S::kStagePitch;
@@ -146,8 +177,8 @@ TA_DEVICE int column_of(int c) {
 
 // sum[i][c] += (row 4y + i of shared.weights) · (column `column` + column_of(c) of b's 64 rows from b_row on). The
 // weights may have been written just before, without a barrier.
-template <class T, class Real, int kColumns>
-TA_DEVICE void multiply(Real (&sum)[kPerThread][kColumns / kSide], Shared<Real, kColumns>& shared, const Rows<T>& b,
+template <class B, class Real, int kColumns>
+TA_DEVICE void multiply(Real (&sum)[kPerThread][kColumns / kSide], Shared<Real, kColumns>& shared, const B& b,
                         int64_t b_row, int column) {
   using S = Shared<Real, kColumns>;
   for (int part = 0; part < kTile; part += S::kStageRows) {
@@ -208,16 +239,17 @@ TA_DEVICE uint32_t kept_of_row(const HeadScore<Real>& head, int64_t row, int64_t
   return bits;
 }
 
-// Writes this thread's part of a 64 x kColumns result, times `factor`.
+// Writes this thread's part of a 64 x kColumns result, times `factor`. `first`: the batch entry's first row.
 template <class T, class Real, int kAccumulators>
 TA_DEVICE void store_rows(const TensorView& view, int64_t batch, int64_t head, int64_t row, int64_t row_count,
                           int column, int64_t column_count, const Real (&sum)[kPerThread][kAccumulators],
-                          const Real (&factor)[kPerThread]) {
+                          const Real (&factor)[kPerThread], int64_t first = 0) {
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
     const int64_t r = row + thread_y() * kPerThread + i;
     if (r >= row_count) continue;
-    T* const to = static_cast<T*>(view.data) + batch * view.stride[0] + head * view.stride[1] + r * view.stride[2];
+    T* const to =
+        static_cast<T*>(view.data) + batch * view.stride[0] + head * view.stride[1] + (first + r) * view.stride[2];
 #pragma unroll
     for (int c = 0; c < kAccumulators; ++c)
       if (column + column_of<Real>(c) < column_count) store(to + column + column_of<Real>(c), sum[i][c] * factor[i]);

@@ -16,6 +16,10 @@ void query_gradient(const AttentionProblem&, const BackwardTensors&, void* works
 template <class T, int kColumns>
 void key_value_gradient(const AttentionProblem&, const BackwardTensors&, void* workspace, const Stream&);
 
+// One instance for each element type.
+template <class T>
+void mask_gradient(const AttentionProblem&, const BackwardTensors&, void* workspace, const Stream&);
+
 #define TA_SIMT_VARIANTS(VARIANT) \
   VARIANT(double, 64)             \
   VARIANT(float, 64)              \

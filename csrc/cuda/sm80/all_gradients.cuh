@@ -28,9 +28,8 @@ struct FusedShared {
 
 // The sums of the 16 rows from `row`, a multiple of 16, on.
 template <int kDim>
-TA_DEVICE float* query_sums(float* sums, const AttentionProblem& p, int64_t batch_head, int64_t row) {
-  const int64_t rows = ceil_div(p.query_length, QuerySums::kRows) * QuerySums::kRows;
-  return sums + (batch_head * rows + row) * kDim;
+TA_DEVICE float* query_sums(float* sums, const AttentionProblem& p, int batch, int head, int row) {
+  return sums + int64_t{QuerySums::first_tile(p, batch, head) * QuerySums::kRows + row} * kDim;
 }
 
 // sum += (16 columns of a, from a_column on)ᵀ · b's columns [column, column + kColumns).
@@ -67,17 +66,21 @@ __global__ void __launch_bounds__(kFusedThreads)
   const int tiles = static_cast<int>(ceil_div(p.key_length, kFusedKeys)), kv_heads = static_cast<int>(p.kv_heads);
   const int index = static_cast<int>(blockIdx.x), first = index % tiles * kFusedKeys;
   const int kv_head = index / tiles % kv_heads, batch = index / tiles / kv_heads;
+  // Lengths and starts are asked for where they are needed, not kept.
+  if (first >= p.keys_of(batch)) return;  // of a packed sequence shorter than others
   const int lane = lane_index(), warp_row = 16 * warp_index();
   // Of a step's grad_query, this warp computes 16 rows and kColumns columns.
   const int query_row = warp_row % kStep, query_column = warp_row / kStep * kColumns;
 
-  const Rows<T> key(p.key, batch, kv_head, p.key_length, p.head_dim);
-  const Rows<T> value(p.value, batch, kv_head, p.key_length, p.value_dim);
+  const Rows<T> key(p.key, batch, kv_head, p.keys_of(batch), p.head_dim, p.first_key(batch));
+  const Rows<T> value(p.value, batch, kv_head, p.keys_of(batch), p.value_dim, p.first_key(batch));
   RowSteps<kStep> step(p, batch, kv_head, first, kFusedKeys);
   const bool any_step = !step.done();
   const auto copy_step = [&](auto& pair, const RowSteps<kStep>& to) {
-    copy_tile<kFusedThreads>(pair.query, Rows<T>(p.query, batch, to.head, p.query_length, p.head_dim), to.row);
-    copy_tile<kFusedThreads>(pair.grad_out, Rows<T>(t.grad_out, batch, to.head, p.query_length, p.value_dim), to.row);
+    const int64_t queries = p.queries_of(batch), first_query = p.first_query(batch);
+    copy_tile<kFusedThreads>(pair.query, Rows<T>(p.query, batch, to.head, queries, p.head_dim, first_query), to.row);
+    copy_tile<kFusedThreads>(pair.grad_out, Rows<T>(t.grad_out, batch, to.head, queries, p.value_dim, first_query),
+                             to.row);
   };
   copy_tile<kFusedThreads>(shared.key, key, first);
   copy_tile<kFusedThreads>(shared.value, value, first);
@@ -86,8 +89,9 @@ __global__ void __launch_bounds__(kFusedThreads)
 
   float grad_key[1][kDim / 8][4] = {}, grad_value[1][kDim / 8][4] = {};
   for (int buffer = 0; !step.done(); buffer ^= 1) {
-    const int64_t row = step.row, row_end = row + kStep < p.query_length ? row + kStep : p.query_length;
-    const HeadScore<float> score(p, batch, step.head);
+    const int head = step.head;
+    const HeadScore<float> score(p, batch, head);
+    const int row = step.row, row_end = row + kStep < score.query_length ? row + kStep : score.query_length;
     ptx::cp_async_wait<0>();
     __syncthreads();  // this step's tiles have landed, and the last step's are read no more
     step.advance();
@@ -98,8 +102,8 @@ __global__ void __launch_bounds__(kFusedThreads)
     float x[1][kStep / 8][4] = {}, grad[1][kStep / 8][4] = {};
     multiply_transposed<1>(x, shared.key, warp_row, pair.query);
     multiply_transposed<1>(grad, shared.value, warp_row, pair.grad_out);
-    weights_and_gradients<kFull>(x, grad, score, BackwardRows<float>(p, t, statistics, score.batch_head, row),
-                                 first + warp_row, row, !score.unmasked(row, row_end, first, first + kFusedKeys));
+    weights_and_gradients<kFull>(x, grad, score, BackwardRows<float>(score, t, statistics, row), first + warp_row, row,
+                                 !score.unmasked(row, row_end, first, first + kFusedKeys));
 #pragma unroll
     for (int n = 0; n < kStep / 8; ++n)
 #pragma unroll
@@ -112,7 +116,7 @@ __global__ void __launch_bounds__(kFusedThreads)
     __syncthreads();  // grad_score is whole
     float grad_query[kColumns / 8][4] = {};
     multiply_columns<kColumns>(grad_query, shared.grad_score, query_row, shared.key, query_column);
-    float* const to = query_sums<kDim>(sums, p, score.batch_head, row + query_row) + query_column / 8 * 128 + lane;
+    float* const to = query_sums<kDim>(sums, p, batch, head, row + query_row) + query_column / 8 * 128 + lane;
 #pragma unroll
     for (int n = 0; n < kColumns / 8; ++n)
 #pragma unroll
@@ -124,11 +128,11 @@ __global__ void __launch_bounds__(kFusedThreads)
   const float key_scale = score_factor<kFull>(p), key_factors[1][2] = {{key_scale, key_scale}};
   const float keep_scale = value_factor<kFull>(p), value_factors[1][2] = {{keep_scale, keep_scale}};
   if (t.grad_key.defined())
-    store_rows<1, kDim>(Rows<T>(t.grad_key, batch, kv_head, p.key_length, p.head_dim), first + warp_row, 0, grad_key,
-                        key_factors, shared.key, warp_row);
+    store_rows<1, kDim>(Rows<T>(t.grad_key, batch, kv_head, p.keys_of(batch), p.head_dim, p.first_key(batch)),
+                        first + warp_row, 0, grad_key, key_factors, shared.key, warp_row);
   if (t.grad_value.defined())
-    store_rows<1, kDim>(Rows<T>(t.grad_value, batch, kv_head, p.key_length, p.value_dim), first + warp_row, 0,
-                        grad_value, value_factors, shared.value, warp_row);
+    store_rows<1, kDim>(Rows<T>(t.grad_value, batch, kv_head, p.keys_of(batch), p.value_dim, p.first_key(batch)),
+                        first + warp_row, 0, grad_value, value_factors, shared.value, warp_row);
 }
 
 // The sums become grad_query: a block for 64 rows of a head.
@@ -138,17 +142,19 @@ __global__ void __launch_bounds__(kThreads) store_query_sums_kernel(const __grid
   TA_DYNAMIC_SHARED(memory);
   auto& tile = *reinterpret_cast<Tile<T, QuerySums::kRows, kDim>*>(memory);
   const int64_t tiles = ceil_div(p.query_length, QuerySums::kRows);
-  const int64_t batch_head = blockIdx.x / tiles;
-  const int warp_row = 16 * warp_index();
-  const int64_t row = blockIdx.x % tiles * QuerySums::kRows + warp_row;
-  const float* const from = query_sums<kDim>(sums, p, batch_head, row) + lane_index();
+  const int head = static_cast<int>(blockIdx.x / tiles % p.heads);
+  const int batch = static_cast<int>(blockIdx.x / tiles / p.heads), warp_row = 16 * warp_index();
+  const int tile_row = static_cast<int>(blockIdx.x % tiles) * QuerySums::kRows, row = tile_row + warp_row;
+  const int64_t queries = p.queries_of(batch);
+  if (tile_row >= queries) return;  // of a packed sequence shorter than others
+  const float* const from = query_sums<kDim>(sums, p, batch, head, row) + lane_index();
   float result[1][kDim / 8][4];
 #pragma unroll
   for (int n = 0; n < kDim / 8; ++n)
 #pragma unroll
     for (int i = 0; i < 4; ++i) result[0][n][i] = from[(4 * n + i) * 32];
   const float scale = score_factor<kFull>(p), factors[1][2] = {{scale, scale}};
-  const Rows<T> to(grad_query, batch_head / p.heads, batch_head % p.heads, p.query_length, p.head_dim);
+  const Rows<T> to(grad_query, batch, head, queries, p.head_dim, p.first_query(batch));
   store_rows<1, kDim>(to, row, 0, result, factors, tile, warp_row);
 }
 

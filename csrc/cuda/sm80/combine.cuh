@@ -20,6 +20,7 @@ __global__ void __launch_bounds__(kCombineThreads)
   if (index >= partials.rows) return;
   const int64_t row = index % p.query_length, head = index / p.query_length % p.heads;
   const int64_t batch = index / p.query_length / p.heads;
+  if (row >= p.queries_of(batch)) return;  // of a packed sequence shorter than others; of the whole warp
 
   const float sink = p.sinks.defined() ? per_head<float>(p.sinks, batch, head) : -INFINITY;
   float maximum = sink;
@@ -36,8 +37,8 @@ __global__ void __launch_bounds__(kCombineThreads)
 
   const float keep_scale = p.dropout_p > 0 ? static_cast<float>(Dropout::keep_scale(p.dropout_p)) : 1.0f;
   const float factor = Softmax::inverse_sum(total) * keep_scale;
-  T* const to =
-      static_cast<T*>(out.out.data) + batch * out.out.stride[0] + head * out.out.stride[1] + row * out.out.stride[2];
+  T* const to = static_cast<T*>(out.out.data) + batch * out.out.stride[0] + head * out.out.stride[1] +
+                (p.first_query(batch) + row) * out.out.stride[2];
   for (int c = 4 * lane; c < partials.value_dim; c += 4 * 32) {
     float result[4] = {};
     for (int split = 0; split < partials.splits; ++split) {
@@ -53,7 +54,8 @@ __global__ void __launch_bounds__(kCombineThreads)
     store_pair(to + c, result[0] * factor, result[1] * factor);
     store_pair(to + c + 2, result[2] * factor, result[3] * factor);
   }
-  if (lane == 0) static_cast<float*>(out.logsumexp)[index] = Softmax::logsumexp(maximum, total);
+  if (lane == 0)
+    static_cast<float*>(out.logsumexp)[p.first_row(batch, head) + row] = Softmax::logsumexp(maximum, total);
 }
 
 template <class T>

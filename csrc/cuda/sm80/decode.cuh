@@ -49,17 +49,18 @@ struct PackedRow {
 // Starts the block's copy of packed rows [first, first + 16); zeros outside.
 template <class Tile>
 TA_DEVICE void copy_packed_rows(Tile& tile, const AttentionProblem& p, int64_t batch, int64_t kv_head, int64_t first) {
+  const int64_t queries = p.queries_of(batch), first_query = p.first_query(batch);
   using T = typename Tile::Element;
   constexpr int kPieces = Tile::kDim / kPiece<T>;
 #pragma unroll
   for (int i = static_cast<int>(threadIdx.x); i < Tile::kRows * kPieces; i += kThreads) {
     const int r = i / kPieces, column = i % kPieces * kPiece<T>;
     const PackedRow place(p, kv_head, first + r);
-    const bool valid = place.row < p.query_length && column < p.head_dim;
+    const bool valid = place.row < queries && column < p.head_dim;
     const T* const data = static_cast<const T*>(p.query.data);
     ptx::cp_async_16(tile.piece(r, column),
                      valid ? data + batch * p.query.stride[0] + place.head * p.query.stride[1] +
-                                 place.row * p.query.stride[2] + column
+                                 (first_query + place.row) * p.query.stride[2] + column
                            : data,
                      valid);
   }
@@ -74,19 +75,22 @@ __global__ void __launch_bounds__(kThreads)
   TA_DYNAMIC_SHARED(memory);
   auto& shared = *reinterpret_cast<DecodeShared<T, kDim>*>(memory);
 
-  const int64_t packed_count = packed_rows(p), tiles = ceil_div(packed_count, kDecodeRows);
+  const int64_t tiles = ceil_div(packed_rows(p), kDecodeRows);
   int64_t index = blockIdx.x;
   const int64_t first_packed = index % tiles * kDecodeRows;  // tiles that read the same keys run together
   index /= tiles;
   const int split = static_cast<int>(index % partials.splits);
   index /= partials.splits;
   const int64_t kv_head = index % p.kv_heads, batch = index / p.kv_heads;
+  const int64_t queries = p.queries_of(batch), packed_count = p.group_size() * queries;
+  if (first_packed >= packed_count) return;  // of a packed sequence shorter than others
   const int lane = lane_index(), warp = warp_index();
 
   const PackedRow place[2] = {{p, kv_head, first_packed + lane / 4}, {p, kv_head, first_packed + lane / 4 + 8}};
   const HeadScore<float> score[2] = {{p, batch, place[0].head}, {p, batch, place[1].head}};
-  const Rows<T> key(p.key, batch, kv_head, p.key_length, p.head_dim);
-  const Rows<T> value(p.value, batch, kv_head, p.key_length, p.value_dim);
+  const int64_t keys = score[0].band.key_length;  // what lies behind is not read: see forward.cuh
+  const KeyRows<T> key(p.key, batch, kv_head, keys, p.head_dim, p.first_key(batch));
+  const KeyRows<T> value(p.value, batch, kv_head, keys, p.value_dim, p.first_key(batch));
 
   // This split's keys, in whole steps of the block; this warp's are every fourth 16 of them.
   const int64_t row_begin = first_packed / p.group_size();
@@ -201,7 +205,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = static_cast<int>(threadIdx.x); i < kDecodeRows * kQuarters; i += kThreads) {
     const int r = i / kQuarters, c = i % kQuarters * 4;
     const PackedRow to(p, kv_head, first_packed + r);
-    if (to.row >= p.query_length) continue;
+    if (to.row >= queries) continue;
     float largest = results.maximum[0][r];
 #pragma unroll
     for (int w = 1; w < kWarps; ++w) largest = fmaxf(largest, results.maximum[w][r]);

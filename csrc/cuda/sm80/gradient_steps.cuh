@@ -15,8 +15,9 @@ struct RowSteps {
   int head_end, begin, end;
 
   TA_DEVICE RowSteps(const AttentionProblem& p, int64_t batch, int64_t kv_head, int64_t first, int keys)
+      : RowSteps(p, kv_head, HeadScore<float>(p, batch, kv_head * p.group_size()).rows_of_any(first, first + keys)) {}
+  TA_DEVICE RowSteps(const AttentionProblem& p, int64_t kv_head, const RowRange& range)
       : head(static_cast<int>(kv_head * p.group_size())), head_end(head + static_cast<int>(p.group_size())) {
-    const RowRange range = HeadScore<float>(p, batch, head).rows_of_any(first, first + keys);
     begin = row = static_cast<int>(range.begin) / kStep * kStep;
     end = static_cast<int>(range.end);
     if (row >= end) head = head_end;

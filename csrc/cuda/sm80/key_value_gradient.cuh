@@ -28,15 +28,18 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t first = index % tiles * Shape::kRows;
   index /= tiles;
   const int64_t kv_head = index % p.kv_heads, batch = index / p.kv_heads;
+  // Lengths and starts are asked for where they are needed, not kept: registers are short here.
+  if (first >= p.keys_of(batch)) return;  // of a packed sequence shorter than others
   const int warp_row = 16 * warp_index();
 
-  const Rows<T> key(p.key, batch, kv_head, p.key_length, p.head_dim);
-  const Rows<T> value(p.value, batch, kv_head, p.key_length, p.value_dim);
+  const Rows<T> key(p.key, batch, kv_head, p.keys_of(batch), p.head_dim, p.first_key(batch));
+  const Rows<T> value(p.value, batch, kv_head, p.keys_of(batch), p.value_dim, p.first_key(batch));
   RowSteps<kStep> step(p, batch, kv_head, first, Shape::kRows);
   const bool any_step = !step.done();
   const auto copy_step = [&](auto& pair, const RowSteps<kStep>& to) {
-    copy_tile(pair.dots, Rows<T>(p.query, batch, to.head, p.query_length, p.head_dim), to.row);
-    copy_tile(pair.grads, Rows<T>(t.grad_out, batch, to.head, p.query_length, p.value_dim), to.row);
+    const int64_t queries = p.queries_of(batch), first_query = p.first_query(batch);
+    copy_tile(pair.dots, Rows<T>(p.query, batch, to.head, queries, p.head_dim, first_query), to.row);
+    copy_tile(pair.grads, Rows<T>(t.grad_out, batch, to.head, queries, p.value_dim, first_query), to.row);
   };
   copy_tile(shared.dots, key, first);
   copy_tile(shared.grads, value, first);
@@ -45,8 +48,8 @@ __global__ void __launch_bounds__(kThreads)
 
   float grad_key[1][kColumns / 8][4] = {}, grad_value[1][kColumns / 8][4] = {};
   for (int buffer = 0; !step.done(); buffer ^= 1) {
-    const int64_t row = step.row, row_end = row + kStep < p.query_length ? row + kStep : p.query_length;
     const HeadScore<float> score(p, batch, step.head);
+    const int64_t row = step.row, row_end = row + kStep < score.query_length ? row + kStep : score.query_length;
     ptx::cp_async_wait<0>();
     __syncthreads();  // this step's tiles have landed, and the last step's are read no more
     step.advance();
@@ -57,8 +60,8 @@ __global__ void __launch_bounds__(kThreads)
     float x[1][kStep / 8][4] = {}, grad[1][kStep / 8][4] = {};
     multiply_transposed<1>(x, shared.dots, warp_row, pair.dots);
     multiply_transposed<1>(grad, shared.grads, warp_row, pair.grads);
-    weights_and_gradients<kFull>(x, grad, score, BackwardRows<float>(p, t, statistics, score.batch_head, row),
-                                 first + warp_row, row, !score.unmasked(row, row_end, first, first + Shape::kRows));
+    weights_and_gradients<kFull>(x, grad, score, BackwardRows<float>(score, t, statistics, row), first + warp_row, row,
+                                 !score.unmasked(row, row_end, first, first + Shape::kRows));
     if (t.grad_value.defined()) multiply<1, kColumns>(grad_value, x, pair.grads, column);
     if (t.grad_key.defined()) multiply<1, kColumns>(grad_key, grad, pair.dots, column);
   }
@@ -70,11 +73,11 @@ __global__ void __launch_bounds__(kThreads)
   const float key_scale = score_factor<kFull>(p), key_factors[1][2] = {{key_scale, key_scale}};
   const float keep_scale = value_factor<kFull>(p), value_factors[1][2] = {{keep_scale, keep_scale}};
   if (t.grad_key.defined())
-    store_rows<1, kColumns>(Rows<T>(t.grad_key, batch, kv_head, p.key_length, p.head_dim), first + warp_row, column,
-                            grad_key, key_factors, shared.dots, warp_row);
+    store_rows<1, kColumns>(Rows<T>(t.grad_key, batch, kv_head, p.keys_of(batch), p.head_dim, p.first_key(batch)),
+                            first + warp_row, column, grad_key, key_factors, shared.dots, warp_row);
   if (t.grad_value.defined())
-    store_rows<1, kColumns>(Rows<T>(t.grad_value, batch, kv_head, p.key_length, p.value_dim), first + warp_row, column,
-                            grad_value, value_factors, shared.grads, warp_row);
+    store_rows<1, kColumns>(Rows<T>(t.grad_value, batch, kv_head, p.keys_of(batch), p.value_dim, p.first_key(batch)),
+                            first + warp_row, column, grad_value, value_factors, shared.grads, warp_row);
 }
 
 template <class T, int kDim, bool kFull>

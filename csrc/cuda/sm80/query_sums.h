@@ -9,12 +9,24 @@ namespace torch_attn::cuda::sm80 {
 // float32, for each 16 rows of a head and each 8 columns the 128 elements in the order of an accumulator: first element
 // 0 of all lanes, then element 1, and so on. A warp adds 32 neighbours at a time.
 struct QuerySums {
-  static constexpr int kRows = 64;  // a head's rows are padded to a multiple of it
+  static constexpr int kRows = 64;  // the rows of a head and batch entry are padded to a multiple of it
 
-  static int64_t tiles(const AttentionProblem& p) { return (p.query_length + kRows - 1) / kRows; }
-  static size_t bytes(const AttentionProblem& p, int dim) {
-    return static_cast<size_t>(p.batch * p.heads * tiles(p) * kRows * dim) * sizeof(float);
+  TA_HOST_DEVICE static int64_t tiles(const AttentionProblem& p) { return (p.query_length + kRows - 1) / kRows; }
+
+  // Of a packed sequence, where the tiles start is known from where its rows do: those before it take no more than
+  // this.
+  TA_HOST_DEVICE static int first_tile(const AttentionProblem& p, int batch, int head) {
+    if (p.query_starts == nullptr) return (batch * static_cast<int>(p.heads) + head) * static_cast<int>(tiles(p));
+    const int before = static_cast<int>(p.query_starts[batch]) / kRows + batch;
+    return head * static_cast<int>(packed_tiles(p)) + before;
   }
+  static size_t bytes(const AttentionProblem& p, int dim) {
+    const int64_t all_tiles = p.heads * (p.query_starts == nullptr ? p.batch * tiles(p) : packed_tiles(p));
+    return static_cast<size_t>(all_tiles * kRows * dim) * sizeof(float);
+  }
+
+ private:
+  TA_HOST_DEVICE static int64_t packed_tiles(const AttentionProblem& p) { return p.packed_rows / kRows + p.batch; }
 };
 
 constexpr int kFusedKeys = 128;  // keys of a block

@@ -11,6 +11,9 @@ namespace torch_attn::cuda::sm80 {
 
 constexpr float kLog2E = 1.44269504088896340736f;
 
+// The lane's columns of a row of accumulators: element i is column column_of_lane(i) of the tile.
+TA_DEVICE int column_of_lane(int i) { return i / 2 * 8 + 2 * (lane_index() % 4) + i % 2; }
+
 // The keys of a row, or the rows of a key, that attend: [begin, end), counted from a tile's first and cut to [0, size).
 struct TileRange {
   int begin, end;

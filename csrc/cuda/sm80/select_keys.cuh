@@ -20,9 +20,7 @@ struct SelectShared {
   float scores[kSelectRows * kPitch];  // for draws with replacement; a quad reads what it has written
 };
 
-// The lane's columns of a row of accumulators: element i is key key_of_lane(i) of the tile.
 constexpr int kLaneKeys = kSelectKeys / 4;
-TA_DEVICE int key_of_lane(int i) { return i / 2 * 8 + 2 * (lane_index() % 4) + i % 2; }
 
 // Gumbel noise of the lane's keys in its two rows, `row` and row + 8. The four keys of a Philox call belong to two
 // lanes: each makes the call of one row and hands its neighbour's words over, as in kept_of_query_rows.
@@ -102,7 +100,7 @@ __global__ void __launch_bounds__(kThreads)
       float largest = maximum[half];
 #pragma unroll
       for (int i = 0; i < kLaneKeys; ++i) {
-        const int k = key_of_lane(i);
+        const int k = column_of_lane(i);
         s[half][i] =
             full_score(score, score.mod.capped(x[0][i / 2][2 * half + i % 2]), r, first + k, attended.contains(k));
         largest = fmaxf(largest, s[half][i]);
@@ -129,7 +127,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int half = 0; half < 2; ++half)
 #pragma unroll
         for (int i = 0; i < kLaneKeys; ++i)
-          shared.scores[(tile_row + 8 * half) * shared.kPitch + key_of_lane(i)] = s[half][i];
+          shared.scores[(tile_row + 8 * half) * shared.kPitch + column_of_lane(i)] = s[half][i];
       __syncwarp();
       // The quad shares its two rows' draws: even lanes the upper row's, odd lanes the lower's.
       const bool low = lane & 1;
@@ -149,7 +147,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int half = 0; half < 2; ++half) {
         const int64_t r = row + tile_row + 8 * half;
         rank<4>(leaders_of(r), r < p.query_length, first, s[half], gumbel[half], Softmax::safe_maximum(maximum[half]),
-                key_of_lane);
+                column_of_lane);
       }
     }
   }

@@ -2,8 +2,11 @@
 // with rows of up to 512 bytes.
 #include "../tier.h"
 
+#include "../with_type.h"
 #include "key_splits.h"
+#include "map_variants.h"
 #include "query_sums.h"
+#include "requirements.h"
 #include "variants.h"
 
 namespace torch_attn::cuda::sm80 {
@@ -47,7 +50,6 @@ constexpr FusedVariant kFusedVariants[] = {TA_SM80_FUSED_VARIANTS(TA_VARIANT)};
 #undef TA_VARIANT
 
 int64_t widest(const AttentionProblem& p) { return p.head_dim > p.value_dim ? p.head_dim : p.value_dim; }
-int element_bytes(const AttentionProblem& p) { return p.dtype == ScalarType::kFloat32 ? 4 : 2; }
 
 // The narrowest variant that serves the problem, or null. Plain kernels fold the scale into the running maximum, so
 // they need a positive one.
@@ -67,12 +69,6 @@ const FusedVariant* fused_variant_for(const AttentionProblem& p) {
   return nullptr;
 }
 
-bool is_aligned(const TensorView& view, int piece) {
-  bool aligned = reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
-  for (int dimension = 0; dimension < 3; ++dimension) aligned = aligned && view.stride[dimension] % piece == 0;
-  return aligned;
-}
-
 // sm_86, sm_89 and sm_12x have 99 KiB of shared memory in a block; kernels with the widest rows need more.
 bool has_small_shared_memory(const Call& call) {
   const int sm = call.device.compute_capability;
@@ -83,12 +79,8 @@ bool has_wide_rows(const AttentionProblem& p) { return variant_for(p, false)->di
 std::string refusal(const Call& call) {
   const AttentionProblem& p = call.problem;
   const bool is_float32 = p.dtype == ScalarType::kFloat32;
-  if (call.device.compute_capability < 80) return "it needs compute capability 8.0";
-  if (p.dtype != ScalarType::kFloat16 && p.dtype != ScalarType::kBFloat16 && !is_float32)
-    return "it takes float16, bfloat16 and float32";
-  if (is_float32 && !p.allow_tf32)
-    return "its float32 products are of TF32, which torch.backends.cuda.matmul.allow_tf32 does not allow";
-  const int piece = 16 / element_bytes(p);
+  if (std::string why = refusal_of_type(p, call.device); !why.empty()) return why;
+  const int piece = sm80::piece(p);
   if (p.head_dim % piece || p.value_dim % piece || p.head_dim == 0 || p.value_dim == 0)
     return "head_dim and value_dim must be multiples of " + std::to_string(piece);
   if (!variant_for(p, false))
@@ -98,6 +90,8 @@ std::string refusal(const Call& call) {
            std::to_string(256 / element_bytes(p));
   if (!is_aligned(p.query, piece) || !is_aligned(p.key, piece) || !is_aligned(p.value, piece))
     return "query, key and value must start at, and have strides of, multiples of 16 bytes";
+  if (p.key.pages != nullptr && (p.key.page_rows & (p.key.page_rows - 1)) != 0)
+    return "the blocks of a paged cache must have a power of two of rows";
   if (const BackwardTensors* t = call.backward) {
     if (!is_aligned(t->grad_out, piece) || !is_aligned(t->grad_query, piece) || !is_aligned(t->grad_key, piece) ||
         !is_aligned(t->grad_value, piece))
@@ -168,8 +162,16 @@ void run_all_gradients(const AttentionProblem& p, const BackwardTensors& t, void
   fused_variant_for(p)->all_gradients(p, t, statistics, workspace, stream);
 }
 
+void run_mask_gradient(const AttentionProblem& p, const BackwardTensors& t, void* statistics, const Stream& stream) {
+  with_type(p.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::Type;
+    if constexpr (!std::is_same_v<T, double>) mask_gradient<T>(p, t, statistics, stream);
+  });
+}
+
 }  // namespace
 
-const Tier kTier = {"sm80", plan, run_forward, run_query_gradient, run_key_value_gradient, run_all_gradients};
+const Tier kTier = {"sm80",           plan, run_forward, run_query_gradient, run_key_value_gradient, run_mask_gradient,
+                    run_all_gradients};
 
 }  // namespace torch_attn::cuda::sm80

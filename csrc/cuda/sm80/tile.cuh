@@ -52,15 +52,16 @@ struct LanePieces {
   }
 };
 
-// The rows of one head in global memory: 16-byte aligned, columns a multiple of kPiece.
+// The rows of one head in global memory, from `first` on: 16-byte aligned, columns a multiple of kPiece.
 template <class T>
 struct Rows {
   T* data;
   int64_t stride, count;
   int columns;
 
-  TA_DEVICE Rows(const TensorView& view, int64_t batch, int64_t head, int64_t row_count, int64_t column_count)
-      : data(static_cast<T*>(view.data) + batch * view.stride[0] + head * view.stride[1]),
+  TA_DEVICE Rows(const TensorView& view, int64_t batch, int64_t head, int64_t row_count, int64_t column_count,
+                 int64_t first = 0)
+      : data(static_cast<T*>(view.data) + batch * view.stride[0] + head * view.stride[1] + first * view.stride[2]),
         stride(view.stride[2]),
         count(row_count),
         columns(static_cast<int>(column_count)) {}
@@ -81,6 +82,42 @@ TA_DEVICE void copy_tile(Tile& tile, const Rows<T>& rows, int64_t row) {
     const bool valid = first + r < left && column < rows.columns;
     ptx::cp_async_16(tile.piece(first + r, column), valid ? from : rows.data, valid);
     from += step;
+  }
+}
+
+// Keys or values, which may lie in pages of a power of two of rows: the one place of this tier where these are looked
+// up.
+template <class T>
+struct KeyRows : Rows<T> {
+  const int32_t* pages;  // of the batch entry; null: not paged
+  int64_t page_stride;
+  int page_shift = 0;
+
+  TA_DEVICE KeyRows(const TensorView& view, int64_t batch, int64_t head, int64_t row_count, int64_t column_count,
+                    int64_t first)
+      : Rows<T>(view, view.pages ? 0 : batch, head, row_count, column_count, first),
+        pages(view.pages ? view.pages + batch * view.pages_stride : nullptr),
+        page_stride(view.stride[0]) {
+    while (pages && int64_t{1} << page_shift < view.page_rows) ++page_shift;
+  }
+  TA_DEVICE const T* paged_row(int64_t row) const {
+    const int64_t page = pages[row >> page_shift], in_page = row & ((int64_t{1} << page_shift) - 1);
+    return this->data + page * page_stride + in_page * this->stride;
+  }
+};
+
+template <int kCopiers = kThreads, class Tile, class T>
+TA_DEVICE void copy_tile(Tile& tile, const KeyRows<T>& rows, int64_t row) {
+  if (!rows.pages) return copy_tile<kCopiers>(tile, static_cast<const Rows<T>&>(rows), row);
+  constexpr int kPieces = Tile::kDim / kPiece<T>, kRowsAtOnce = kCopiers / kPieces;
+  const int thread = static_cast<int>(threadIdx.x) % kCopiers;
+  const int first = thread / kPieces, column = thread % kPieces * kPiece<T>;
+  const int left = rows.count - row < Tile::kRows ? static_cast<int>(rows.count - row) : Tile::kRows;
+#pragma unroll
+  for (int r = 0; r < Tile::kRows; r += kRowsAtOnce) {
+    const bool valid = first + r < left && column < rows.columns;
+    ptx::cp_async_16(tile.piece(first + r, column), valid ? rows.paged_row(row + first + r) + column : rows.data,
+                     valid);
   }
 }
 

@@ -27,9 +27,17 @@ WeightsResult weights(const WeightsArguments& a) {
 }
 
 template <c10::DeviceType device, c10::DispatchKey key>
+WithWeightsResult with_weights(const WithWeightsArguments& arguments) {
+  WithWeightsArguments a = arguments;
+  a.value = at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), a.value, device);
+  return in_autocast_dtype<AttentionWithWeightsForward, device, key>(a);
+}
+
+template <c10::DeviceType device, c10::DispatchKey key>
 void register_kernels(torch::Library& m) {
   m.impl("attention_statistics_forward", AttentionStatisticsForward::kernel<statistics<device, key>>);
   m.impl("attention_weights_forward", AttentionWeightsForward::kernel<weights<device, key>>);
+  m.impl("attention_with_weights_forward", AttentionWithWeightsForward::kernel<with_weights<device, key>>);
 }
 
 }  // namespace

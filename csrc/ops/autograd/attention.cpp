@@ -18,7 +18,8 @@ class ForwardFunction : public torch::autograd::Function<ForwardFunction> {
     context->set_materialize_grads(false);
     const Inputs inputs = inputs_of(*arguments);
     variable_list saved(inputs.begin(), inputs.end());
-    saved.insert(saved.end(), {or_undefined(arguments->options.key_lengths), out, logsumexp, rng_state});
+    saved.insert(saved.end(), {out, logsumexp, rng_state});
+    append_indices(saved, arguments->options);
     context->save_for_backward(std::move(saved));
     save_options(*context, arguments->options);
     return {out, logsumexp, rng_state};
@@ -26,16 +27,16 @@ class ForwardFunction : public torch::autograd::Function<ForwardFunction> {
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
     const variable_list saved = context->get_saved_variables();
-    const Tensor &out = saved[7], &grad_out = gradients[0], &grad_logsumexp = gradients[1];
+    const Tensor &out = saved[6], &grad_out = gradients[0], &grad_logsumexp = gradients[1];
     BackwardArguments arguments{grad_out,
                                 or_none(grad_logsumexp),
                                 saved[kQuery],
                                 saved[kKey],
                                 saved[kValue],
                                 out,
+                                saved[7],
                                 saved[8],
-                                saved[9],
-                                saved_options(*context, saved, saved[6])};
+                                saved_options(*context, saved, saved.begin() + 9)};
     Edges edges(*context);
     for (size_t i = 0; i < kGradients; ++i) arguments.output_mask[i] = edges.next_is_wanted(saved[i]);
 
@@ -55,8 +56,13 @@ class ForwardFunction : public torch::autograd::Function<ForwardFunction> {
 
 ForwardResult attention_forward_autograd(const ForwardArguments& a) {
   const Inputs inputs = inputs_of(a);
-  if (std::any_of(inputs.begin(), inputs.end(), has_tangent)) return forward_with_tangents(a);
-  if (at::GradMode::is_enabled() && std::any_of(inputs.begin(), inputs.end(), requires_grad)) {
+  const auto any = [&](auto&& predicate) { return std::any_of(inputs.begin(), inputs.end(), predicate); };
+  const bool is_differentiated = at::GradMode::is_enabled() && any(requires_grad);
+  TORCH_CHECK(!is_paged(a.options) || !(is_differentiated || any(has_tangent)),
+              "attention: keys in pages (block_table) have no derivatives, but an input requires grad; call it under "
+              "torch.no_grad().");
+  if (any(has_tangent)) return forward_with_tangents(a);
+  if (is_differentiated) {
     const variable_list results = apply<ForwardFunction>(present(inputs), a);
     return {results[0], results[1], results[2]};
   }

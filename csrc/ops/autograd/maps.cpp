@@ -1,5 +1,9 @@
 // Differentiation of the operators on attention maps: first derivatives by their fused backward operators, all others
 // (forward mode, derivatives of a backward) by the composite formulas, which ordinary autograd differentiates.
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+
 #include "ops/autograd/saved_call.h"
 #include "ops/composite/map_formula.h"
 #include "ops/map_operators.h"
@@ -189,12 +193,86 @@ MapBackwardResult attention_weights_backward_autograd(const WeightsBackwardArgum
   return AttentionWeightsBackward::call(a);
 }
 
+// Attention with its weights: what flows back through the weights adds to what attention_backward makes of the rest.
+class WithWeightsFunction : public torch::autograd::Function<WithWeightsFunction> {
+ public:
+  static constexpr bool is_traceable = true;
+
+  static variable_list forward(AutogradContext* context, at::TensorList, const WithWeightsArguments* a,
+                               TransformState* transforms) {
+    const BelowAutograd guard(*transforms);
+    const auto [out, weights, logsumexp] = AttentionWithWeightsForward::call(*a);
+    context->set_materialize_grads(false);
+    const Inputs inputs = inputs_of(a->forward());
+    variable_list saved(inputs.begin(), inputs.end());
+    saved.insert(saved.end(), {or_undefined(a->options.key_lengths), out, logsumexp});
+    context->save_for_backward(std::move(saved));
+    save_score_options(*context, a->options);
+    context->saved_data["mean"] = a->mean;
+    return {out, weights, logsumexp};
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& gradients) {
+    const variable_list saved = context->get_saved_variables();
+    const Tensor &grad_out = gradients[0], &grad_weights = gradients[1], &grad_logsumexp = gradients[2];
+    const Tensor &query = saved[kQuery], &key = saved[kKey], &out = saved[7], &logsumexp = saved[8];
+    const Options options = saved_options(*context, saved, saved[6]);
+    Edges edges(*context);
+    OutputMask wanted;
+    for (size_t i = 0; i < kGradients; ++i) wanted[i] = edges.next_is_wanted(saved[i]);
+    std::array<Tensor, kGradients> sums;
+    if (grad_out.defined() || grad_logsumexp.defined()) {
+      const Tensor rng_state = at::zeros({kRngStateSize}, query.options().dtype(at::kLong));
+      const auto computed = as_array(
+          AttentionBackward::call({grad_out.defined() ? grad_out : at::zeros_like(out), or_none(grad_logsumexp), query,
+                                   key, saved[kValue], out, logsumexp, rng_state, options, wanted}));
+      for (size_t i = 0; i < kGradients; ++i)
+        if (wanted[i]) sums[i] = computed[i];
+    }
+    if (grad_weights.defined()) {
+      const MapOutputMask map_wanted = {wanted[kQuery], wanted[kKey], wanted[kAttnMask], wanted[kAlibiSlopes],
+                                        wanted[kSinks]};
+      const auto computed = as_array(AttentionWeightsBackward::call({grad_weights,
+                                                                     query,
+                                                                     key,
+                                                                     logsumexp,
+                                                                     ScoreOptions::of(options),
+                                                                     {},
+                                                                     context->saved_data.at("mean").toBool(),
+                                                                     map_wanted}));
+      constexpr std::array<Gradient, kMapGradients> places = {kQuery, kKey, kAttnMask, kAlibiSlopes, kSinks};
+      for (size_t i = 0; i < kMapGradients; ++i) {
+        if (!map_wanted[i]) continue;
+        Tensor& sum = sums[places[i]];
+        sum = sum.defined() ? sum + computed[i] : computed[i];
+      }
+    }
+    variable_list results(edges.count() + kOtherArguments);
+    for (size_t i = 0, edge = 0; i < kGradients; ++i)
+      if (saved[i].defined()) results[edge++] = sums[i];
+    return results;
+  }
+};
+
+WithWeightsResult attention_with_weights_forward_autograd(const WithWeightsArguments& a) {
+  const Inputs inputs = inputs_of(a.forward());
+  if (any_has_tangent(inputs)) return composite::attention_with_weights_forward(a);
+  if (is_differentiated(inputs)) {
+    const auto r = apply<WithWeightsFunction>(present(inputs), a);
+    return {r[0], r[1], r[2]};
+  }
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return AttentionWithWeightsForward::call(a);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(torch_attn, Autograd, m) {
   m.impl("attention_statistics_forward", AttentionStatisticsForward::kernel<attention_statistics_forward_autograd>);
   m.impl("attention_statistics_backward", AttentionStatisticsBackward::kernel<attention_statistics_backward_autograd>);
   m.impl("attention_weights_forward", AttentionWeightsForward::kernel<attention_weights_forward_autograd>);
+  m.impl("attention_with_weights_forward",
+         AttentionWithWeightsForward::kernel<attention_with_weights_forward_autograd>);
   m.impl("attention_weights_backward", AttentionWeightsBackward::kernel<attention_weights_backward_autograd>);
 }
 

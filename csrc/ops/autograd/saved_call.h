@@ -110,8 +110,16 @@ constexpr size_t kOtherArguments = 2;  // of those, the last two have no gradien
 
 // The options that are no tensors, in a Function's saved_data: only what differs from the default, for most calls
 // nothing.
+void save_options(AutogradContext& context, const CallOptions& options);
 void save_options(AutogradContext& context, const Options& options);
-// The tensor options, in saved, follow enum Gradient; key_lengths is apart.
-Options saved_options(const AutogradContext& context, const variable_list& saved, const Tensor& key_lengths);
+// The tensor options that have a gradient, in saved, follow enum Gradient; key_lengths is apart.
+CallOptions saved_options(const AutogradContext& context, const variable_list& saved, const Tensor& key_lengths);
+
+// The tensor options without a gradient, which the Functions of attention's operators save last.
+inline void append_indices(variable_list& saved, const Options& o) {
+  saved.insert(saved.end(), {or_undefined(o.key_lengths), or_undefined(o.cu_seqlens_q), or_undefined(o.cu_seqlens_k)});
+}
+Options saved_options(const AutogradContext& context, const variable_list& saved,
+                      variable_list::const_iterator indices);
 
 }  // namespace torch_attn::ops

@@ -35,8 +35,9 @@ class BackwardFunction : public torch::autograd::Function<BackwardFunction> {
     context->set_materialize_grads(false);
     const Inputs inputs = inputs_of(*a);
     variable_list saved(inputs.begin(), inputs.end());
-    saved.insert(saved.end(), {or_undefined(a->options.key_lengths), a->out.detach(), a->logsumexp.detach(),
-                               a->rng_state, a->grad_out, or_undefined(a->grad_logsumexp)});
+    saved.insert(saved.end(),
+                 {a->out.detach(), a->logsumexp.detach(), a->rng_state, a->grad_out, or_undefined(a->grad_logsumexp)});
+    append_indices(saved, a->options);
     context->save_for_backward(std::move(saved));
     save_options(*context, a->options);
     return {results.begin(), results.end()};
@@ -44,7 +45,7 @@ class BackwardFunction : public torch::autograd::Function<BackwardFunction> {
 
   static variable_list backward(AutogradContext* context, const variable_list& cotangents) {
     const variable_list saved = context->get_saved_variables();
-    const Tensor &grad_out = saved[10], &grad_logsumexp = saved[11];
+    const Tensor &grad_out = saved[9], &grad_logsumexp = saved[10];
     Edges edges(*context);
     edges.next_is_wanted(grad_out);
     edges.next_is_wanted(grad_logsumexp);
@@ -55,14 +56,14 @@ class BackwardFunction : public torch::autograd::Function<BackwardFunction> {
 
     const Tangents along = as_tangents(cotangents);
     if (present(inputs_of(along)).empty()) return results;
-    const Options options = saved_options(*context, saved, saved[6]);
+    const Options options = saved_options(*context, saved, saved.begin() + 11);
     const auto [out, logsumexp, tangent_out, tangent_logsumexp] =
-        AttentionJvp::call({saved[kQuery], saved[kKey], saved[kValue], saved[9], along, options});
+        AttentionJvp::call({saved[kQuery], saved[kKey], saved[kValue], saved[8], along, options});
     results[0] = tangent_out;
     if (grad_logsumexp.defined()) results[1] = tangent_logsumexp;
     if (!any(wanted)) return results;
     const auto gradients = as_array(AttentionBackwardJvp::call(
-        {grad_out, or_none(grad_logsumexp), saved[kQuery], saved[kKey], saved[kValue], saved[7], saved[8], saved[9],
+        {grad_out, or_none(grad_logsumexp), saved[kQuery], saved[kKey], saved[kValue], saved[6], saved[7], saved[8],
          tangent_out, tangent_logsumexp, std::nullopt, std::nullopt, along, options, wanted}));
     for (size_t i = 0, edge = first_input; i < kGradients; ++i) {
       if (!saved[i].defined()) continue;
@@ -107,9 +108,10 @@ class JvpFunction : public torch::autograd::Function<JvpFunction> {
     context->set_materialize_grads(false);
     const Inputs &inputs = arguments->saved_inputs, tangents = inputs_of(a->tangents);
     variable_list saved(inputs.begin(), inputs.end());
-    saved.insert(saved.end(), {or_undefined(a->options.key_lengths), a->rng_state});
+    saved.push_back(a->rng_state);
     saved.insert(saved.end(), results.begin(), results.end());
     saved.insert(saved.end(), tangents.begin(), tangents.end());
+    append_indices(saved, a->options);
     context->save_for_backward(std::move(saved));
     save_options(*context, a->options);
     return {results.begin(), results.end()};
@@ -117,7 +119,8 @@ class JvpFunction : public torch::autograd::Function<JvpFunction> {
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
     const variable_list saved = context->get_saved_variables();
-    const variable_list tangents(saved.begin() + 12, saved.end());
+    const auto first_tangent_input = saved.begin() + 11, indices = first_tangent_input + kGradients;
+    const variable_list tangents(first_tangent_input, indices);
     Edges edges(*context);
     OutputMask inputs_wanted, tangents_wanted;
     for (size_t i = 0; i < kGradients; ++i) inputs_wanted[i] = edges.next_is_wanted(saved[i]);
@@ -125,8 +128,8 @@ class JvpFunction : public torch::autograd::Function<JvpFunction> {
     for (size_t i = 0; i < kGradients; ++i) tangents_wanted[i] = edges.next_is_wanted(tangents[i]);
     variable_list results(edges.count() + kOtherArguments);
 
-    const Tensor &out = saved[8], &logsumexp = saved[9];
-    const Options options = saved_options(*context, saved, saved[6]);
+    const Tensor &out = saved[7], &logsumexp = saved[8];
+    const Options options = saved_options(*context, saved, indices);
     const auto add = [&](const variable_list& slots, size_t edge, const OutputMask& wanted,
                          const BackwardResult& computed) {
       const auto values = as_array(computed);
@@ -138,7 +141,7 @@ class JvpFunction : public torch::autograd::Function<JvpFunction> {
     };
     const auto backward_of = [&](const Tensor& grad_out, const Tensor& grad_logsumexp, const OutputMask& wanted) {
       return AttentionBackward::call({or_zeros(grad_out, out), or_none(grad_logsumexp), saved[kQuery], saved[kKey],
-                                      saved[kValue], out, logsumexp, saved[7], options, wanted});
+                                      saved[kValue], out, logsumexp, saved[6], options, wanted});
     };
     if ((gradients[0].defined() || gradients[1].defined()) && any(inputs_wanted))
       add(saved, 0, inputs_wanted, backward_of(gradients[0], gradients[1], inputs_wanted));
@@ -148,7 +151,7 @@ class JvpFunction : public torch::autograd::Function<JvpFunction> {
       if (any(inputs_wanted))
         add(saved, 0, inputs_wanted,
             AttentionBackwardJvp::call({or_zeros(gradients[2], out), or_none(gradients[3]), saved[kQuery], saved[kKey],
-                                        saved[kValue], out, logsumexp, saved[7], saved[10], saved[11], std::nullopt,
+                                        saved[kValue], out, logsumexp, saved[6], saved[9], saved[10], std::nullopt,
                                         std::nullopt, as_tangents(tangents), options, inputs_wanted}));
     }
     return results;
@@ -175,8 +178,9 @@ class BackwardJvpFunction : public torch::autograd::Function<BackwardJvpFunction
     context->set_materialize_grads(false);
     const auto inputs = differentiable(*a);
     variable_list saved(inputs.begin(), inputs.end());
-    saved.insert(saved.end(), {or_undefined(a->options.key_lengths), a->out.detach(), a->logsumexp.detach(),
-                               a->rng_state, a->tangent_out.detach(), a->tangent_logsumexp.detach()});
+    saved.insert(saved.end(), {a->out.detach(), a->logsumexp.detach(), a->rng_state, a->tangent_out.detach(),
+                               a->tangent_logsumexp.detach()});
+    append_indices(saved, a->options);
     context->save_for_backward(std::move(saved));
     save_options(*context, a->options);
     c10::List<bool> wanted;
@@ -201,22 +205,23 @@ class BackwardJvpFunction : public torch::autograd::Function<BackwardJvpFunction
     }
     variable_list results(edges.count() + kOtherArguments);
 
-    const variable_list primals(saved.begin() + 2, saved.begin() + 8), tangents(saved.begin() + 10, saved.end());
+    const variable_list primals(saved.begin() + 2, saved.begin() + 8),
+        tangents(saved.begin() + 10, saved.begin() + kInputs);
     const auto& fixed = saved.begin() + kInputs;
     BackwardJvpArguments a{saved[0],
                            or_none(saved[1]),
                            primals[kQuery],
                            primals[kKey],
                            primals[kValue],
+                           fixed[0],
                            fixed[1],
                            fixed[2],
                            fixed[3],
                            fixed[4],
-                           fixed[5],
                            or_none(saved[8]),
                            or_none(saved[9]),
                            as_tangents(tangents),
-                           saved_options(*context, primals, fixed[0])};
+                           saved_options(*context, primals, fixed + 5)};
     const c10::List<bool> wanted = context->saved_data["output_mask"].toBoolList();
     for (size_t i = 0; i < kGradients; ++i) a.output_mask[i] = wanted[i];
     const auto outputs = as_array(composite::attention_backward_jvp(a));

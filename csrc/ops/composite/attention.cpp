@@ -19,7 +19,7 @@ std::tuple<Tensor, Tensor> attention_with_logsumexp(const AttentionArguments& a)
 Tensor scaled_dot_product_attention(const Tensor& query, const Tensor& key, const Tensor& value,
                                     const OptionalTensor& attn_mask, double dropout_p, bool is_causal,
                                     std::optional<double> scale, bool enable_gqa) {
-  Options options;
+  CallOptions options;
   options.attn_mask = attn_mask;
   options.dropout_p = dropout_p;
   options.is_causal = is_causal;

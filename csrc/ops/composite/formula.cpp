@@ -5,7 +5,7 @@
 #include "ops/check.h"
 #include "ops/composite/weights.h"
 #include "ops/operators.h"
-#include "ops/outputs.h"
+#include "ops/packed.h"
 
 namespace torch_attn::ops::composite {
 
@@ -34,9 +34,8 @@ BackwardResult gradients_of_scores(const Weights& w, const Tensor& grad_scores, 
              [&] { return by_row(sum_kv_heads(at::matmul(grad_dots.transpose(-2, -1), w.query), w.sizes), w.dtype); }),
       at::empty({0}, w.query.options().dtype(w.dtype)),
       wanted(kAttnMask, [&] { return sum_to(grad_scores, *o.attn_mask); }),
-      wanted(kAlibiSlopes,
-             [&] { return per_head_gradient((grad_scores * w.minus_distance).sum({-2, -1}), *o.alibi_slopes); }),
-      wanted(kSinks, [&] { return per_head_gradient(grad_sink.sum({2, 3}), *o.sinks); }),
+      wanted(kAlibiSlopes, [&] { return sum_of_rows((grad_scores * w.minus_distance).sum(-1), *o.alibi_slopes, o); }),
+      wanted(kSinks, [&] { return sum_of_rows(grad_sink.squeeze(-1), *o.sinks, o); }),
   };
 }
 

@@ -54,7 +54,7 @@ HardAttentionResult hard_attention(const HardAttentionArguments& a) {
   const Canonical canonical(a.attention());
   ForwardArguments f = canonical.arguments();
   const ScoreOptions options = with_temperature(ScoreOptions::of(f.options), a.temperature, f.query);
-  f.options = options.options();
+  f.options = Options{options.options()};
 
   const bool straight_through = a.estimator == "straight_through", top_k = a.estimator == "top_k";
   const bool sample = straight_through || a.estimator == "reinforce";

@@ -91,7 +91,7 @@ MapBackwardResult attention_statistics_backward(const StatisticsBackwardArgument
   if (is_defined(a.grad_column_sum)) w = w + a.grad_column_sum->unsqueeze(-2);
   if (is_defined(a.grad_max_weight)) w = add_at(w, a.argmax->unsqueeze(-1), per_row(a.grad_max_weight));
   if (is_defined(a.grad_top_weights)) w = add_at(w, *a.top_indices, *a.grad_top_weights);
-  return backward_of(weights, w, a.grad_logsumexp, a.options.options(), a.output_mask);
+  return backward_of(weights, w, a.grad_logsumexp, {a.options.options()}, a.output_mask);
 }
 
 WeightsResult attention_weights_forward(const WeightsArguments& a) {
@@ -102,19 +102,25 @@ WeightsResult attention_weights_forward(const WeightsArguments& a) {
   return {weights.to(a.query.scalar_type()).contiguous(), w.logsumexp.squeeze(-1)};
 }
 
+WithWeightsResult attention_with_weights_forward(const WithWeightsArguments& a) {
+  const auto [out, logsumexp, rng_state] = AttentionForward::call(a.forward());
+  return {out, std::get<0>(AttentionWeightsForward::call(a.weights(logsumexp))), logsumexp};
+}
+
 MapBackwardResult attention_weights_backward(const WeightsBackwardArguments& a) {
   const NoAutocast no_autocast;
   check_arguments(a);
   const Weights weights = compute_weights(a.forward().forward(), Tensor(), a.selected);
   Tensor w = a.grad_weights.to(weights.weights.scalar_type());
   if (a.mean) w = (w / c10::Scalar(weights.sizes.heads)).unsqueeze(1).expand_symint(weights.weights.sym_sizes());
-  return backward_of(weights, w, std::nullopt, a.options.options(), a.output_mask);
+  return backward_of(weights, w, std::nullopt, {a.options.options()}, a.output_mask);
 }
 
 TORCH_LIBRARY_IMPL(torch_attn, CompositeExplicitAutograd, m) {
   m.impl("attention_statistics_forward", AttentionStatisticsForward::kernel<attention_statistics_forward>);
   m.impl("attention_statistics_backward", AttentionStatisticsBackward::kernel<attention_statistics_backward>);
   m.impl("attention_weights_forward", AttentionWeightsForward::kernel<attention_weights_forward>);
+  m.impl("attention_with_weights_forward", AttentionWithWeightsForward::kernel<attention_with_weights_forward>);
   m.impl("attention_weights_backward", AttentionWeightsBackward::kernel<attention_weights_backward>);
 }
 

@@ -9,6 +9,9 @@ namespace torch_attn::ops::composite {
 StatisticsResult attention_statistics_forward(const StatisticsArguments& arguments);
 WeightsResult attention_weights_forward(const WeightsArguments& arguments);
 
+// The two operators one after the other.
+WithWeightsResult attention_with_weights_forward(const WithWeightsArguments& arguments);
+
 // Functions of the incoming gradients and the forward's inputs alone; of the saved results only the keys are read, so
 // that derivatives see everything the others depend on.
 MapBackwardResult attention_statistics_backward(const StatisticsBackwardArguments& arguments);

@@ -7,7 +7,7 @@
 #include "ops/composite/formula.h"
 #include "ops/composite/weights.h"
 #include "ops/operators.h"
-#include "ops/outputs.h"
+#include "ops/packed.h"
 
 namespace torch_attn::ops::composite {
 namespace {
@@ -38,7 +38,7 @@ struct WeightTangents {
   Tensor sink_weights;  // undefined without sinks
 };
 
-WeightTangents compute_tangents(const Weights& w, const Tangents& t) {
+WeightTangents compute_tangents(const Weights& w, const Tangents& t, const Options& o) {
   const auto accumulator = w.query.scalar_type();
   const auto converted = [&](const OptionalTensor& tensor) {
     return is_defined(tensor) ? tensor->to(accumulator) : Tensor();
@@ -57,11 +57,11 @@ WeightTangents compute_tangents(const Weights& w, const Tangents& t) {
     if (w.softcap > 0) r.capped = r.capped * at::rsub((w.capped / w.softcap).square(), 1);
   }
   Tensor scores = or_zeros(r.capped, w.weights);
-  if (is_defined(t.alibi_slopes)) scores = scores + w.minus_distance * per_head(*t.alibi_slopes, accumulator);
+  if (is_defined(t.alibi_slopes)) scores = scores + w.minus_distance * per_head(*t.alibi_slopes, w, o);
   if (is_defined(t.attn_mask)) scores = scores + t.attn_mask->to(accumulator);
 
   r.logsumexp = (w.weights * scores).sum(-1, /*keepdim=*/true);
-  const Tensor sinks = is_defined(t.sinks) ? per_head(*t.sinks, accumulator) : Tensor();
+  const Tensor sinks = is_defined(t.sinks) ? per_head(*t.sinks, w, o) : Tensor();
   if (sinks.defined()) r.logsumexp = r.logsumexp + w.sink_weights * sinks;
   r.weights = w.weights * (scores - r.logsumexp);
   if (w.sink_weights.defined())
@@ -75,7 +75,7 @@ JvpResult attention_jvp(const JvpArguments& a) {
   const NoAutocast no_autocast;
   check_arguments(a);
   const Weights w = compute_weights(a.forward(), a.rng_state);
-  const WeightTangents t = compute_tangents(w, a.tangents);
+  const WeightTangents t = compute_tangents(w, a.tangents, a.options);
   const auto type = a.query.scalar_type();
   const Tensor tangent_out = matmuls({{w.drop(t.weights), w.value}, {w.drop(w.weights), t.value}});
   return {by_row(at::matmul(w.drop(w.weights), w.value), type), w.logsumexp.squeeze(-1), by_row(tangent_out, type),
@@ -87,7 +87,7 @@ BackwardResult attention_backward_jvp(const BackwardJvpArguments& a) {
   check_arguments(a);
   const Options& o = a.options;
   const Weights w = compute_weights(a.backward().forward(), a.rng_state);
-  const WeightTangents t = compute_tangents(w, a.tangents);
+  const WeightTangents t = compute_tangents(w, a.tangents, a.options);
   const auto accumulator = w.query.scalar_type();
   const auto row = [&](const OptionalTensor& tensor) {
     return is_defined(tensor) ? tensor->unsqueeze(-1).masked_fill(w.is_empty, 0) : Tensor();
@@ -136,12 +136,11 @@ BackwardResult attention_backward_jvp(const BackwardJvpArguments& a) {
                    matmuls({{transposed(w.drop(t.weights)), grad_out}, {transposed(w.drop(w.weights)), t_grad_out}}));
              }),
       wanted(kAttnMask, [&] { return sum_to(t_grad_scores, *o.attn_mask); }),
-      wanted(kAlibiSlopes,
-             [&] { return per_head_gradient((t_grad_scores * w.minus_distance).sum({-2, -1}), *o.alibi_slopes); }),
+      wanted(kAlibiSlopes, [&] { return sum_of_rows((t_grad_scores * w.minus_distance).sum(-1), *o.alibi_slopes, o); }),
       wanted(kSinks,
              [&] {
-               const Tensor sum = (t.sink_weights * row_term + w.sink_weights * t_row_term).sum({2, 3}).neg();
-               return per_head_gradient(sum, *o.sinks);
+               const Tensor by_row = t.sink_weights * row_term + w.sink_weights * t_row_term;
+               return sum_of_rows(by_row.squeeze(-1).neg(), *o.sinks, o);
              }),
   };
 }

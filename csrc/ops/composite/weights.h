@@ -51,8 +51,8 @@ BackwardResult gradients_of_scores(const Weights& weights, const Tensor& grad_sc
 Tensor expand_kv_heads(const Tensor& tensor, const Sizes& sizes);
 Tensor sum_kv_heads(const Tensor& tensor, const Sizes& sizes);
 
-// (Hq) or (B, Hq) to (1 or B, Hq, 1, 1).
-Tensor per_head(const Tensor& tensor, at::ScalarType type);
+// (Hq) or (B, Hq) to (1 or B, Hq, 1, 1) or, of packed sequences, (1, Hq, L, 1), in the accumulator type.
+Tensor per_head(const Tensor& tensor, const Weights& weights, const Options& options);
 
 // To the dtype and the layout that outputs.h's empty_by_row gives.
 Tensor by_row(const Tensor& tensor, at::ScalarType type);

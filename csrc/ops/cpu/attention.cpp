@@ -1,6 +1,5 @@
 // The CPU kernels as operators: allocates the outputs, runs csrc/cpu on PyTorch's thread pool.
-#include <atomic>
-
+#include "ops/cpu/forward_calls.h"
 #include "ops/cpu/threads.h"
 #include "ops/kernel_call.h"
 #include "ops/operators.h"
@@ -8,14 +7,11 @@
 namespace torch_attn::ops {
 namespace {
 
-// The op kernel_calls, by which a test proves that a result came from these kernels.
-std::atomic<int64_t> forward_calls{0};
-
 int64_t kernel_calls() { return forward_calls.load(std::memory_order_relaxed); }
 
 ForwardResult attention_forward_cpu(const ForwardArguments& a) {
   return run_forward(a, [](const AttentionProblem& p, const ForwardOutputs& outputs) {
-    forward_calls.fetch_add(1, std::memory_order_relaxed);
+    count_forward_call();
     cpu::attention_forward(p, outputs, torch_threads());
   });
 }

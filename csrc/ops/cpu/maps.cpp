@@ -3,8 +3,8 @@
 
 #include <algorithm>
 
-#include "cpu/kernels.h"
 #include "cpu/map_kernels.h"
+#include "ops/cpu/forward_calls.h"
 #include "ops/cpu/threads.h"
 #include "ops/map_call.h"
 
@@ -18,13 +18,31 @@ StatisticsResult attention_statistics_forward_cpu(const StatisticsArguments& a) 
 }
 
 WeightsResult attention_weights_forward_cpu(const WeightsArguments& a) {
-  const auto find_logsumexp = [&](const AttentionProblem& p, void* logsumexp) {  // attention without value
-    const Tensor out = at::empty({p.batch, p.heads, p.query_length, 0}, a.query.options());
-    cpu::attention_forward(p, {view_of_matrix(out), logsumexp}, torch_threads());
+  SoftmaxOutputs o;
+  const auto run = [&o](const AttentionProblem& p, const WeightsOutputs& outputs) {
+    static_cast<WeightsOutputs&>(o) = outputs;
+    if (o.computed_logsumexp != nullptr) o.logsumexp = nullptr;  // the kernel finds it
+    cpu::attention_weights(p, o, torch_threads());
   };
-  return run_weights(a, find_logsumexp, [](const AttentionProblem& p, const WeightsOutputs& outputs) {
-    cpu::attention_weights(p, outputs, torch_threads());
-  });
+  const auto find_logsumexp = [&](const AttentionProblem& p, void* logsumexp) {
+    o.computed_logsumexp = logsumexp;
+    if (p.key_length == 0) run(p, {});  // there will be no weights to run for
+  };
+  return run_weights(a, find_logsumexp, run);
+}
+
+WithWeightsResult attention_with_weights_forward_cpu(const WithWeightsArguments& a) {
+  const PreparedProblem prepared = make_problem(a.forward(), Tensor());
+  const auto [out, weights, logsumexp] = empty_with_weights(a);
+  if (logsumexp.numel() == 0) return {out, weights.zero_(), logsumexp};
+  SoftmaxOutputs o;
+  o.weights = view_of_matrix(a.mean ? weights.unsqueeze(1) : weights);
+  o.mean = a.mean;
+  o.computed_logsumexp = logsumexp.mutable_data_ptr();
+  o.out = view_of_matrix(out);
+  count_forward_call();
+  cpu::attention_weights(prepared.problem, o, torch_threads());
+  return {out, weights, logsumexp};
 }
 
 void run_backward_kernel(const AttentionProblem& p, const MapBackwardTensors& tensors) {
@@ -72,6 +90,7 @@ TORCH_LIBRARY_IMPL(torch_attn, CPU, m) {
   m.impl("attention_statistics_forward", AttentionStatisticsForward::kernel<attention_statistics_forward_cpu>);
   m.impl("attention_statistics_backward", AttentionStatisticsBackward::kernel<attention_statistics_backward_cpu>);
   m.impl("attention_weights_forward", AttentionWeightsForward::kernel<attention_weights_forward_cpu>);
+  m.impl("attention_with_weights_forward", AttentionWithWeightsForward::kernel<attention_with_weights_forward_cpu>);
   m.impl("attention_weights_backward", AttentionWeightsBackward::kernel<attention_weights_backward_cpu>);
 }
 

@@ -33,13 +33,16 @@ JvpResult attention_jvp_cpu(const JvpArguments& a) {
   const AttentionProblem& p = prepared.problem;
   const PreparedTangents tangents(a.tangents, accumulator_type(a.query.scalar_type()));
   const auto options = a.query.options();
-  const auto allocate = [&] {
-    return std::pair(
-        empty_by_row(p.batch, p.heads, p.query_length, p.value_dim, options),
-        at::empty({p.batch, p.heads, p.query_length}, options.dtype(accumulator_type(a.query.scalar_type()))));
+  const auto allocate = [&](double logsumexp_of_none) {
+    const int64_t batch = a.query.size(0), rows = a.query.size(2);
+    std::pair result(empty_by_row(batch, p.heads, rows, p.value_dim, options),
+                     at::empty({batch, p.heads, rows}, options.dtype(accumulator_type(a.query.scalar_type()))));
+    fill_rows_of_none(result.first, 2, prepared.query_starts, 0);
+    fill_rows_of_none(result.second, 2, prepared.query_starts, logsumexp_of_none);
+    return result;
   };
-  const auto [out, logsumexp] = allocate();
-  const auto [tangent_out, tangent_logsumexp] = allocate();
+  const auto [out, logsumexp] = allocate(-std::numeric_limits<double>::infinity());
+  const auto [tangent_out, tangent_logsumexp] = allocate(0);
   if (logsumexp.numel() > 0) {
     const TangentForwardOutputs outputs{view_of_matrix(out), logsumexp.mutable_data_ptr(), view_of_matrix(tangent_out),
                                         tangent_logsumexp.mutable_data_ptr()};
@@ -50,7 +53,7 @@ JvpResult attention_jvp_cpu(const JvpArguments& a) {
 
 // The tangent of kernel_call.h's grad_sinks.
 Tensor tangent_grad_sinks(const BackwardJvpArguments& a) {
-  const Tensor& sinks = *a.options.sinks;
+  const Options& o = a.options;
   const auto accumulator = a.logsumexp.scalar_type();
   const auto row_dot = [&](const Tensor& left, const Tensor& right) {
     return (left.to(accumulator) * right.to(accumulator)).sum(-1);
@@ -61,9 +64,10 @@ Tensor tangent_grad_sinks(const BackwardJvpArguments& a) {
   if (is_defined(a.tangent_grad_out)) tangent_row_term = tangent_row_term + row_dot(*a.tangent_grad_out, a.out);
   if (is_defined(a.tangent_grad_logsumexp)) tangent_row_term = tangent_row_term - *a.tangent_grad_logsumexp;
   Tensor tangent_score = a.tangent_logsumexp.neg();
-  if (is_defined(a.tangents.sinks)) tangent_score = tangent_score + a.tangents.sinks->to(accumulator).unsqueeze(-1);
-  const Tensor sum = sink_weights(sinks, a.logsumexp) * (tangent_score * row_term + tangent_row_term);
-  return per_head_gradient(sum.sum(2).neg(), sinks);
+  if (is_defined(a.tangents.sinks))
+    tangent_score = tangent_score + number_of_row(a.tangents.sinks->to(accumulator), o, a.logsumexp.sym_size(2));
+  const Tensor sum = sink_weights(o, a.logsumexp) * (tangent_score * row_term + tangent_row_term);
+  return sum_of_rows(sum.neg(), *o.sinks, o);
 }
 
 BackwardResult attention_backward_jvp_cpu(const BackwardJvpArguments& a) {

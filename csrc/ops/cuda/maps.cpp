@@ -4,18 +4,21 @@
 #include <c10/core/DeviceGuard.h>
 
 #include "cuda/map_kernels.h"
+#include "ops/cuda/precision.h"
 #include "ops/cuda/stream.h"
 #include "ops/map_call.h"
 
 namespace torch_attn::ops {
 namespace {
 
-void run_statistics_kernel(const AttentionProblem& p, const StatisticsOutputs& outputs, const Tensor& query) {
+void run_statistics_kernel(const AttentionProblem& problem, const StatisticsOutputs& outputs, const Tensor& query) {
+  const AttentionProblem p = with_precision_of_matmul(problem);
   const Tensor workspace = workspace_of(cuda::map_forward_workspace_bytes(p), query);
   cuda::attention_statistics(p, outputs, workspace.mutable_data_ptr(), current_stream(query));
 }
 
-void run_backward_kernel(const AttentionProblem& p, const MapBackwardTensors& tensors, const Tensor& query) {
+void run_backward_kernel(const AttentionProblem& problem, const MapBackwardTensors& tensors, const Tensor& query) {
+  const AttentionProblem p = with_precision_of_matmul(problem);
   const Tensor workspace = workspace_of(cuda::map_backward_workspace_bytes(p), query);
   cuda::attention_map_backward(p, tensors, workspace.mutable_data_ptr(), current_stream(query));
 }
@@ -34,7 +37,8 @@ WeightsResult attention_weights_forward_cuda(const WeightsArguments& a) {
     only.logsumexp = logsumexp;
     run_statistics_kernel(p, only, a.query);
   };
-  return run_weights(a, find_logsumexp, [&](const AttentionProblem& p, const WeightsOutputs& outputs) {
+  return run_weights(a, find_logsumexp, [&](const AttentionProblem& problem, const WeightsOutputs& outputs) {
+    const AttentionProblem p = with_precision_of_matmul(problem);
     const Tensor workspace = workspace_of(cuda::map_forward_workspace_bytes(p), a.query);
     cuda::attention_weights(p, outputs, workspace.mutable_data_ptr(), current_stream(a.query));
   });

@@ -5,7 +5,8 @@
 #if defined(TORCH_ATTN_WITH_CUDA)
 #include <ATen/Context.h>
 
-#include "cuda/kernels.h"
+#include "cuda/map_kernels.h"
+#include "cuda/selection_kernels.h"
 #include "ops/cuda/precision.h"
 #include "ops/make_problem.h"
 #endif
@@ -27,8 +28,21 @@ TensorView layout_of_gradient(int64_t heads, int64_t length, int64_t dim) {
   return view;
 }
 
+std::vector<cuda::TierAnswer> answers(const CudaTiersArguments& a, const AttentionProblem& p, const BackwardTensors& t,
+                                      const cuda::DeviceFacts& device) {
+  if (a.operation == "attention")
+    return a.backward ? cuda::backward_tiers(p, t, device) : cuda::forward_tiers(p, device);
+  if (a.operation == "attention_weights" || a.operation == "attention_statistics")
+    return a.backward ? cuda::map_backward_tiers(p, t, device) : cuda::map_forward_tiers(p, device);
+  TORCH_CHECK_VALUE(a.operation == "hard_attention",
+                    "cuda_tiers: operation must be attention, attention_weights, attention_statistics or "
+                    "hard_attention, but it is ",
+                    a.operation, ".");
+  return a.backward ? cuda::select_keys_backward_tiers() : cuda::select_keys_tiers(p, device);
+}
+
 std::vector<std::string> cuda_tiers(const CudaTiersArguments& a) {
-  ForwardArguments call{a.query, a.key, a.value, a.options, std::nullopt};
+  ForwardArguments call{a.query, a.key, a.value, Options{a.options}, std::nullopt};
   call.options.dropout_p = 0;  // no state of dropout is drawn
   const PreparedProblem prepared = make_problem(call, Tensor());
   AttentionProblem p = with_precision_of_matmul(prepared.problem);
@@ -50,7 +64,7 @@ std::vector<std::string> cuda_tiers(const CudaTiersArguments& a) {
     t.deterministic = at::globalContext().deterministicAlgorithms();
   }
   std::vector<std::string> result;
-  for (const auto& answer : a.backward ? cuda::backward_tiers(p, t, device) : cuda::forward_tiers(p, device)) {
+  for (const auto& answer : answers(a, p, t, device)) {
     result.emplace_back(answer.tier);
     result.push_back(answer.refusal.empty() ? answer.form : "");
     result.push_back(answer.refusal);

@@ -1,6 +1,6 @@
 // Shapes, dtypes and layouts of the operators on attention maps; see meta/attention.cpp.
+#include "ops/check.h"
 #include "ops/map_outputs.h"
-#include "ops/outputs.h"
 
 namespace torch_attn::ops {
 namespace {
@@ -13,6 +13,11 @@ StatisticsResult attention_statistics_forward_meta(const StatisticsArguments& a)
 WeightsResult attention_weights_forward_meta(const WeightsArguments& a) {
   check_arguments(a);
   return empty_weights(a);
+}
+
+WithWeightsResult attention_with_weights_forward_meta(const WithWeightsArguments& a) {
+  check_arguments(a.forward());
+  return empty_with_weights(a);
 }
 
 template <class Arguments>
@@ -35,6 +40,7 @@ TORCH_LIBRARY_IMPL(torch_attn, Meta, m) {
   m.impl("attention_statistics_backward",
          AttentionStatisticsBackward::kernel<gradients_meta<StatisticsBackwardArguments>>);
   m.impl("attention_weights_forward", AttentionWeightsForward::kernel<attention_weights_forward_meta>);
+  m.impl("attention_with_weights_forward", AttentionWithWeightsForward::kernel<attention_with_weights_forward_meta>);
   m.impl("attention_weights_backward", AttentionWeightsBackward::kernel<gradients_meta<WeightsBackwardArguments>>);
 }
 

@@ -1,0 +1,3 @@
+#include "map.cuh"
+
+TA_INSTANTIATE_SM80_MAPS(Float16)
