@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,13 +14,7 @@ from grammar import LONGEST, PLACES, SENTENCE, UNSEEN, VERBS, WORDS, encode, fin
 from language_model import LanguageModel, accuracy_at_the_verb, held_out, train
 from subject_head import SubjectHead, draw, find_subject_head, map_of_the_sentence
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def trained(steps: int, looks_back: bool) -> LanguageModel:
