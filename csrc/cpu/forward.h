@@ -180,8 +180,7 @@ struct Forward {
       store(block.maximum + i, Softmax::logsumexp(load(block.maximum + i), sum));
       store(block.sum + i, Softmax::inverse_sum(sum));
     }
-    Real* logsumexp =
-        static_cast<Real*>(outputs.logsumexp) + p.first_row(block.batch, block.head) + block.row;
+    Real* logsumexp = static_cast<Real*>(outputs.logsumexp) + p.first_row(block.batch, block.head) + block.row;
     __builtin_memcpy(logsumexp, block.maximum, block.rows * sizeof(Real));
     for (int i = 0; i < block.panels.count; ++i) {
       const int64_t offset = block.panels.offset[i], width = block.panels.vectors[i] * n_lanes;

@@ -242,8 +242,7 @@ struct AmxForward {
       store(block.maximum + i, Softmax::logsumexp(load(block.maximum + i), sum));
       store(block.sum + i, Softmax::inverse_sum(sum));
     }
-    float* logsumexp =
-        static_cast<float*>(outputs.logsumexp) + p.first_row(block.batch, block.head) + block.row;
+    float* logsumexp = static_cast<float*>(outputs.logsumexp) + p.first_row(block.batch, block.head) + block.row;
     __builtin_memcpy(logsumexp, block.maximum, block.rows * sizeof(float));
     for (int64_t offset = 0; offset < block.lanes; offset += kAmxLanes) {
       store_panel(outputs.out, block.batch, block.head, block.row + offset, smaller(kAmxLanes, block.rows - offset),
