@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kThreads)
   index /= kDim / kColumns;
   const int64_t first = index % tiles * Shape::kRows;
   index /= tiles;
-  const int kv_head = static_cast<int>(index % p.kv_heads), batch = static_cast<int>(index / p.kv_heads);
+  const int64_t kv_head = index % p.kv_heads, batch = index / p.kv_heads;
   // Lengths and starts are asked for where they are needed, not kept: registers are short here.
   if (first >= p.keys_of(batch)) return;  // of a packed sequence shorter than others
   const int warp_row = 16 * warp_index();
