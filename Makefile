@@ -14,7 +14,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # OpenMP's threads give their core away while they wait. The default, to spin, costs tenfold where a neighbour wants it.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: build test sanitize lint format docs demo glimpses translation speech healthcare clean FORCE
+.PHONY: build test sanitize lint format docs demo glimpses translation speech healthcare gpt bert clean FORCE
 
 build: $(VENV)/.installed
 
@@ -51,6 +51,9 @@ glimpses: build
 # speech needs espeak-ng (apt-get install espeak-ng), and says so.
 translation speech healthcare: build
 	$(BIN)/python examples/$@/demo.py
+
+gpt bert: build
+	$(BIN)/python examples/shakespeare/$@_demo.py
 
 clean:
 	rm -rf build torch_attn.egg-info torch_attn/lib torch_attn/share examples/*/out $(VENV)/.built $(VENV)/.installed

@@ -1,17 +1,23 @@
 """`make demo`: trains one vision transformer twice from the same seed, with stock nn.MultiheadAttention and with
-torch_attn's, shows that both learn the same, and takes the trained model to C++ and to a picture.
+torch_attn's, shows that both learn the same, and takes the trained model to C++ and to two pictures. A third training,
+with weights that depend on the patches' places alone, says what attention is worth here.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
 
 import attention_figure
 import cpp_check
+import rollout_figure
 from model import VisionTransformer
 from torch_attn import replace_mha
 from training import Digits, History, train
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "common"))
+from fixed_mixing import fix_mixing  # noqa: E402
 
 ENOUGH = 0.93  # test accuracy that the demo asks of itself
 
@@ -46,8 +52,14 @@ def main() -> None:
     replace_mha(model)  # the only line that differs
     ours = train(model, digits, options.epochs, options.seed, "torch_attn")
 
+    torch.manual_seed(options.seed)
+    fixed_model = VisionTransformer()
+    fix_mixing(fixed_model.encoder, fixed_model.positions.size(1))
+    fixed = train(fixed_model, digits, options.epochs, options.seed, "fixed     ")
+
     print_table(stock, ours)
     accuracy = ours.accuracy[-1]
+    print(f"test accuracy without attention, its weights fixed by the patches' places: {fixed.accuracy[-1]:.2%}")
     if accuracy < ENOUGH:
         raise SystemExit(f"the test accuracy is {accuracy:.2%}, and the demo asks for {ENOUGH:.0%}")
 
@@ -57,6 +69,9 @@ def main() -> None:
     picture = options.out / "attention.png"
     attention_figure.draw(model, digits.test_images, digits.test_labels, picture)
     print(f"\nattention over the patches: {picture}")
+    for style in ("light", "dark"):
+        rollout_figure.draw(model, digits.test_images, digits.test_labels, options.out / f"rollout_{style}.png", style)
+    print(f"through all layers: {options.out / 'rollout_light.png'}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import torch
 
 import attention_figure
 import cpp_check
+import rollout_figure
+from fixed_mixing import fix_mixing
 from model import VisionTransformer
 from torch_attn import replace_mha
 from training import Digits, History, train
@@ -68,3 +70,26 @@ def test_figure_is_written(digits: Digits, ours: Trained, tmp_path: Path) -> Non
     file = tmp_path / "attention.png"
     attention_figure.draw(ours[0], digits.test_images, digits.test_labels, file)
     assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_rollout_shares_what_the_class_token_does_not_keep(digits: Digits, ours: Trained) -> None:
+    shares = rollout_figure.class_token_rollout(ours[0], digits.test_images[:5])
+    assert shares.shape == (5, 16)
+    assert (shares > 0).all()
+    kept = 0.5 ** len(ours[0].encoder.layers)  # at least, by the residual connections
+    assert (shares.sum(dim=1) <= 1 - kept + 1e-6).all()
+
+
+@pytest.mark.parametrize("style", ["light", "dark"])
+def test_rollout_figure_is_written(style: str, digits: Digits, ours: Trained, tmp_path: Path) -> None:
+    file = tmp_path / "rollout.png"
+    rollout_figure.draw(ours[0], digits.test_images, digits.test_labels, file, style)
+    assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_baseline_without_attention_learns(digits: Digits) -> None:
+    torch.manual_seed(0)
+    model = VisionTransformer()
+    fix_mixing(model.encoder, model.positions.size(1))
+    history = train(model, digits, epochs=2, seed=0, label="test")
+    assert history.loss[1] < history.loss[0]
