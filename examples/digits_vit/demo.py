@@ -69,9 +69,8 @@ def main() -> None:
     picture = options.out / "attention.png"
     attention_figure.draw(model, digits.test_images, digits.test_labels, picture)
     print(f"\nattention over the patches: {picture}")
-    for style in ("light", "dark"):
-        rollout_figure.draw(model, digits.test_images, digits.test_labels, options.out / f"rollout_{style}.png", style)
-    print(f"through all layers: {options.out / 'rollout_light.png'}")
+    rollout = rollout_figure.draw(model, digits.test_images, digits.test_labels, options.out)
+    print(f"through all layers: {rollout}")
 
 
 if __name__ == "__main__":

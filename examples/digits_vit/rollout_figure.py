@@ -1,18 +1,20 @@
 """The second picture of the demo: from which patches the answer is made, through all layers (attention rollout)."""
 
+from __future__ import annotations
+
+import sys
 from pathlib import Path
 
-import matplotlib
 import torch
 from torch import Tensor
 
 import torch_attn
 from model import VisionTransformer
 
-matplotlib.use("Agg")  # draws into a file, so no screen is needed
-from matplotlib import pyplot  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[1] / "common"))
+from panels import draw_panels  # noqa: E402
 
-BACKGROUNDS = {"light": "#ffffff", "dark": "#10131a"}
+DRAWN = (2, 3, 4, 7, 9)
 
 
 @torch.no_grad()
@@ -24,29 +26,28 @@ def class_token_rollout(model: VisionTransformer, images: Tensor) -> Tensor:
     return torch_attn.attention_rollout(record.last_maps())[:, 0, 1:]
 
 
-def draw(model: VisionTransformer, images: Tensor, labels: Tensor, file: Path, style: str = "light") -> None:
-    """The first test image of each digit. A patch glows by what it gives beyond the least of its image: some of every
-    patch arrives, by way of the others. One colour scale serves all.
+def draw(model: VisionTransformer, images: Tensor, labels: Tensor, folder: Path) -> Path:
+    """The first test image of each digit in DRAWN. A patch glows by what it gives beyond the least of its image, as
+    some of every patch arrives by way of the others. One colour scale serves all.
     """
-    first_of_each = torch.stack([(labels == digit).nonzero()[0, 0] for digit in range(10)])
-    images = images[first_of_each]
+    images = torch.stack([images[(labels == digit).nonzero()[0, 0]] for digit in DRAWN])
     shares = class_token_rollout(model, images)
     shares = shares - shares.amin(1, keepdim=True)
-    predictions = model(images).argmax(dim=1).tolist()
-    ink = images if style == "dark" else -images  # dark on light, light on dark
-    figure, axes = pyplot.subplots(2, 5, figsize=(8, 3.7), layout="constrained", facecolor=BACKGROUNDS[style])
-    for axis, image, weights, prediction in zip(axes.flat, ink, shares, predictions, strict=True):
-        torch_attn.plot.image_overlay(
-            image,
-            weights,
-            vmax=shares.max().item(),
-            title=f"“{prediction}”",
-            value_label="rollout above least",
-            ax=axis,
-            style=style,
-        )
-        if axis is not axes.flat[-1]:
-            axis.images[-1].colorbar.remove()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
-    pyplot.close(figure)
+    answers = model(images).argmax(dim=1).tolist()
+
+    def draw_each(axes: list, style: str) -> None:
+        ink = images if style == "dark" else -images  # dark on light, light on dark
+        for place, axis in enumerate(axes):
+            torch_attn.plot.image_overlay(
+                ink[place],
+                shares[place],
+                vmax=shares.max().item(),
+                title=f"“{answers[place]}”",
+                value_label="above the least",
+                style=style,
+                ax=axis,
+            )
+            if axis is not axes[-1]:
+                axis.images[-1].colorbar.remove()
+
+    return draw_panels(draw_each, len(DRAWN), (9.5, 2.2), folder, "digits_rollout")

@@ -43,10 +43,17 @@ class MaskedModel(nn.Module):
         self.bias = nn.Parameter(torch.zeros(vocabulary))
         replace_mha(self)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(batch, length), 0 where it is padded -> logits of what stands there (batch, length, vocabulary)."""
+    def read(self, tokens: Tensor) -> Tensor:
+        """(batch, length), 0 where it is padded -> what the encoder makes of it (batch, length, dim)."""
         x = self.start(self.tokens(tokens) + self.positions[: tokens.size(1)])
         biases = self.head_biases[:, : x.size(1), : x.size(1)].repeat(x.size(0), 1, 1)
         padding = x.new_zeros(tokens.shape).masked_fill(tokens == self.padding, -math.inf)
-        x = self.encoder(x, mask=biases, src_key_padding_mask=padding)
+        return self.encoder(x, mask=biases, src_key_padding_mask=padding)
+
+    def answer(self, x: Tensor) -> Tensor:
+        """(..., dim) -> logits of the token that stands there (..., vocabulary)."""
         return functional.linear(x, self.tokens.weight, self.bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(batch, length) -> (batch, length, vocabulary)."""
+        return self.answer(self.read(tokens))

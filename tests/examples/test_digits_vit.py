@@ -80,11 +80,10 @@ def test_rollout_shares_what_the_class_token_does_not_keep(digits: Digits, ours:
     assert (shares.sum(dim=1) <= 1 - kept + 1e-6).all()
 
 
-@pytest.mark.parametrize("style", ["light", "dark"])
-def test_rollout_figure_is_written(style: str, digits: Digits, ours: Trained, tmp_path: Path) -> None:
-    file = tmp_path / "rollout.png"
-    rollout_figure.draw(ours[0], digits.test_images, digits.test_labels, file, style)
-    assert file.read_bytes().startswith(b"\x89PNG")
+def test_rollout_figure_is_written(digits: Digits, ours: Trained, tmp_path: Path) -> None:
+    rollout_figure.draw(ours[0], digits.test_images, digits.test_labels, tmp_path)
+    for style in ("light", "dark"):
+        assert (tmp_path / f"digits_rollout_{style}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_baseline_without_attention_learns(digits: Digits) -> None:
