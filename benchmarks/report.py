@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -49,7 +50,7 @@ def option_costs(results: list[Result]) -> dict[str, float]:
     for r in results:
         for plain in results:
             same = (plain.dtype, plain.mode, plain.threads, plain.baseline) == (r.dtype, r.mode, r.threads, r.baseline)
-            if same and r.case.endswith(" " + plain.case):
+            if same and re.match(r"B\d", plain.case) and r.case.endswith(" " + plain.case):
                 costs[f"{r.case}, {r.dtype} {r.mode} {against(r)}"] = plain.gflops / r.gflops - 1
     return costs
 
