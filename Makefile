@@ -61,8 +61,9 @@ clean:
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.requirements: requirements-dev.txt | $(BIN)/python
+$(VENV)/.requirements: requirements-dev.txt requirements-data.txt | $(BIN)/python
 	$(BIN)/python -m pip install -q -r requirements-dev.txt
+	$(BIN)/python -m pip install -q --no-deps -r requirements-data.txt
 	@touch $@
 
 # CMake compiles what changed and puts it into torch_attn/, where the editable install finds it.

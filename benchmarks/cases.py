@@ -130,6 +130,7 @@ CASES = [
         *(Case(f"B1 H8 L1024 D{d}", 1, 8, 1024, 1024, d, group="dims") for d in (32, 80, 96, 256)),
         Case("GQA 32/8 B1 L1024 D128", 1, 32, 1024, 1024, 128, kv_heads=8, group="gqa"),
     ),
+    Case("B4 H8 L1024 D64", 4, 8, 1024, 1024, 64, group="masks"),  # what key padding's cost is measured against
     Case("key padding B4 H8 L1024 D64", 4, 8, 1024, 1024, 64, draw=key_padding, group="masks"),
     Case("bool mask B1 H8 L2048 D64", 1, 8, 2048, 2048, 64, draw=bool_mask, group="masks"),
     Case("causal as bool mask B1 H8 L2048 D64", 1, 8, 2048, 2048, 64, draw=causal_as_mask, group="masks"),

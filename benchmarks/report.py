@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -41,6 +43,22 @@ def geometric_means(results: Iterable[Result]) -> dict[str, float]:
     return {name: math.exp(sum(map(math.log, s)) / len(s)) for name, s in groups.items()}
 
 
+def option_costs(results: list[Result]) -> dict[str, float]:
+    """What options cost us: the time for a score that is computed, over the plain case's in the same run, less 1. The
+    name of a case with an option ends with that of its plain case."""
+    costs = {}
+    for r in results:
+        for plain in results:
+            same = (plain.dtype, plain.mode, plain.threads, plain.baseline) == (r.dtype, r.mode, r.threads, r.baseline)
+            if same and re.match(r"B\d", plain.case) and r.case.endswith(" " + plain.case):
+                costs[f"{r.case}, {r.dtype} {r.mode} {against(r)}"] = plain.gflops / r.gflops - 1
+    return costs
+
+
+# What restricts the instruction sets of this library and of PyTorch's parts.
+ENVIRONMENT = ("TORCH_ATTN_CPU_ISA", "ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+
+
 def machine() -> dict[str, object]:
     def git(*args: str) -> str:
         done = subprocess.run(["git", *args], capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
@@ -55,6 +73,7 @@ def machine() -> dict[str, object]:
         "cpu": cpu,
         "instruction_set": torch.ops.torch_attn.cpu_isa(),
         "torch": torch.__version__,
+        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
         "commit": git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain") else ""),
         "command": "python -m benchmarks " + " ".join(sys.argv[1:]),
     }
@@ -65,6 +84,7 @@ def write_json(results: list[Result], limits: list[dict[str, float | str]], path
         "machine": machine(),
         "limits": limits,
         "geometric_means": geometric_means(results),
+        "option_costs": option_costs(results),
         "results": [r.as_dict() for r in results],
     }
     path.write_text(json.dumps(document, indent=1) + "\n")

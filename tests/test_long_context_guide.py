@@ -33,6 +33,35 @@ def draw(heads: int, length: int, batch: int = BATCH) -> Tensor:
     return torch.randn(batch, heads, length, DIM)
 
 
+def packing() -> dict[str, Any]:
+    width = HEADS * DIM
+    sequences = [torch.randint(11, (length,)) for length in (5, 2, 9)]
+    modules = {"embedding": nn.Embedding(11, width), "projection": nn.Linear(width, 3 * width)}
+    return modules | {"sequences": sequences, "heads": HEADS}
+
+
+def check_packing(names: dict[str, Any]) -> None:
+    parts = [names[name].split([5, 2, 9]) for name in ("query", "key", "value", "attended")]
+    for query, key, value, attended in zip(*parts, strict=True):
+        exact = torch_attn.attention(*(x.transpose(0, 1) for x in (query, key, value)), is_causal=True)
+        torch.testing.assert_close(attended, exact.transpose(0, 1))
+    torch.testing.assert_close(torch.cat(names["per_sequence"]), names["attended"])
+    assert names["projection"].weight.grad is not None
+
+
+def paging() -> dict[str, Any]:
+    sizes = {"number_of_blocks": 8, "block_size": 4, "kv_heads": KV_HEADS, "head_dim": DIM}
+    table = {"block_table": torch.tensor([[3, 0], [6, 2]], dtype=torch.int32), "first_lengths": torch.tensor([0, 0])}
+    tokens = [(draw(HEADS, 1), draw(KV_HEADS, 1), draw(KV_HEADS, 1)) for _ in range(7)]
+    return sizes | table | {"paged_tokens": tokens}
+
+
+def check_paging(names: dict[str, Any]) -> None:
+    query, key, value = (torch.cat(x, 2) for x in zip(*names["paged_tokens"], strict=True))
+    exact = torch_attn.attention(query, key, value, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(names["paged_out"], exact[:, :, -1:])
+
+
 def decoding() -> dict[str, Any]:
     cache = {"batch_size": BATCH, "kv_heads": KV_HEADS, "max_length": 16, "head_dim": DIM}
     prompt = {"prompt_query": draw(HEADS, 5), "prompt_key": draw(KV_HEADS, 5), "prompt_value": draw(KV_HEADS, 5)}
@@ -90,7 +119,9 @@ def check_sharing(names: dict[str, Any]) -> None:
 
 
 SECTIONS = {
+    "Training without padding": (packing, check_packing),
     "Decoding with a cache": (decoding, check_decoding),
+    "Decoding with a paged cache": (paging, check_paging),
     "Merging parts": (merging, check_merging),
     "Ring attention": (sharing, check_sharing),
 }
@@ -103,7 +134,7 @@ def code_of(section: str) -> list[str]:
 @pytest.mark.parametrize("title", SECTIONS)
 def test_the_code_of_the_guide_runs(title: str, group_of_one: None) -> None:
     inputs, check = SECTIONS[title]
-    (section,) = [text for text in GUIDE.split("\n## ") if text.startswith(title)]
+    (section,) = [text for text in GUIDE.split("\n## ") if text.startswith(f"{title}\n")]
     names: dict[str, Any] = {"torch": torch, "torch_attn": torch_attn, **inputs()}
     for code in code_of(section):
         exec(compile(code, "docs/long_context.md", "exec"), names)

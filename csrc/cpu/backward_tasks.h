@@ -20,7 +20,7 @@ struct Backward : BackwardPlan {
   const AttentionProblem& p;
   const Tensors& t;
   int64_t group, chunks;
-  int64_t value_sums;              // where grad_value's sums start
+  int64_t value_sums_offset;       // where grad_value's sums start
   int64_t sums_size;               // of one chunk
   Real* chunk_sums = nullptr;      // [batch · kv head][chunk][sums] if chunks > 1
   Real* slope_partials = nullptr;  // [batch · head][row block]
@@ -36,8 +36,8 @@ struct Backward : BackwardPlan {
     needs_scores = needs_query || needs_key || needs_slopes;
     key_columns = needs_key ? round_up(p.head_dim, Walk::kColumns) : 0;
     value_columns = needs_value ? round_up(p.value_dim, Walk::kColumns) : 0;
-    value_sums = (p.key_length + Walk::kExtraKeys) * key_columns;
-    sums_size = value_sums + (p.key_length + Walk::kExtraKeys) * value_columns;
+    value_sums_offset = summed_keys() * key_columns;
+    sums_size = value_sums_offset + summed_keys() * value_columns;
     chunks = chunks_for(threads);
   }
 
@@ -59,11 +59,19 @@ struct Backward : BackwardPlan {
 
   void run(int64_t item, Scratch& scratch) const {
     const int64_t chunk = item % chunks, kv_head = item / chunks % p.kv_heads, batch = item / chunks / p.kv_heads;
-    Real* key_sums = chunk_sums == nullptr ? scratch.take<Real>(sums_size) : chunk_sums + item * sums_size;
-    fill<Real>(key_sums, 0, sums_size);
+    Real *key_sums, *value_sums;
+    if (chunk_sums != nullptr) {
+      key_sums = chunk_sums + item * sums_size;
+      value_sums = key_sums + value_sums_offset;
+    } else {
+      key_sums = sums_of(t.grad_key, key_columns, batch, kv_head, scratch);
+      value_sums = sums_of(t.grad_value, value_columns, batch, kv_head, scratch);
+    }
+    fill<Real>(key_sums, 0, summed_keys() * key_columns);
+    fill<Real>(value_sums, 0, summed_keys() * value_columns);
 
     typename Walk::Block block(p, block_rows, scratch);
-    Walk walk(p, t, *this, batch, kv_head, key_sums, key_sums + value_sums, scratch);
+    Walk walk(p, t, *this, batch, kv_head, key_sums, value_sums, scratch);
     const BandMask band = band_mask_of_selected_rows(p, batch);
     const auto cost = [&](int64_t index) {  // of a row block
       const int64_t row = index % row_blocks * block_rows;
@@ -81,19 +89,30 @@ struct Backward : BackwardPlan {
       }
       before += cost(i);
     }
-    if (chunks == 1) store_sums(batch, kv_head, key_sums, 0, p.key_length);
+    if (chunks == 1) store_sums(batch, kv_head, key_sums, value_sums, 0, p.key_length);
   }
 
-  // Writes keys [begin, end) of one (batch, key/value head)'s sums out.
-  void store_sums(int64_t batch, int64_t kv_head, const Real* sums, int64_t begin, int64_t end) const {
-    if (needs_key) {
-      store_rows(t.grad_key, element(t.grad_key, batch, kv_head, begin), sums + begin * key_columns, key_columns,
-                 end - begin, p.head_dim);
-    }
-    if (needs_value) {
-      store_rows(t.grad_value, element(t.grad_value, batch, kv_head, begin), sums + value_sums + begin * value_columns,
-                 value_columns, end - begin, p.value_dim);
-    }
+  int64_t summed_keys() const { return p.key_length + Walk::kExtraKeys; }
+
+  // Where one task alone sums a gradient: in the gradient itself if it is laid out like the sums.
+  Real* sums_of(const TensorView& gradient, int64_t columns, int64_t batch, int64_t kv_head, Scratch& scratch) const {
+    if (columns == 0) return nullptr;
+    const int64_t row = &gradient == &t.grad_key ? p.head_dim : p.value_dim;
+    const bool alike = gradient.dtype == kStoredAs<Real> && gradient.stride[2] == columns && row == columns;
+    if (Walk::kExtraKeys == 0 && alike) return reinterpret_cast<Real*>(element(gradient, batch, kv_head, 0));
+    return scratch.take<Real>(summed_keys() * columns);
+  }
+
+  // Writes keys [begin, end) of one (batch, key/value head)'s sums out, if they do not lie there.
+  void store_sums(int64_t batch, int64_t kv_head, const Real* key_sums, const Real* value_sums, int64_t begin,
+                  int64_t end) const {
+    const auto write = [&](const TensorView& gradient, const Real* sums, int64_t columns, int64_t row) {
+      char* place = element(gradient, batch, kv_head, begin);
+      sums += begin * columns;
+      if (place != reinterpret_cast<const char*>(sums)) store_rows(gradient, place, sums, columns, end - begin, row);
+    };
+    if (needs_key) write(t.grad_key, key_sums, key_columns, p.head_dim);
+    if (needs_value) write(t.grad_value, value_sums, value_columns, p.value_dim);
   }
 
   static constexpr int64_t kReducedKeys = 64;
@@ -112,8 +131,8 @@ struct Backward : BackwardPlan {
       }
     };
     add_up(begin * key_columns, end * key_columns);
-    add_up(value_sums + begin * value_columns, value_sums + end * value_columns);
-    store_sums(kv_index / p.kv_heads, kv_index % p.kv_heads, sums, begin, end);
+    add_up(value_sums_offset + begin * value_columns, value_sums_offset + end * value_columns);
+    store_sums(kv_index / p.kv_heads, kv_index % p.kv_heads, sums, sums + value_sums_offset, begin, end);
   }
 
   void sum_slopes() const {

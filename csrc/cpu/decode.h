@@ -169,8 +169,7 @@ struct Decode {
   void finish(int64_t batch, int64_t head, int64_t row, Real* state) const {
     const Vec<Real> sum = splat(sum_of_lanes<Real>(load(state + kLaneCount)));
     const Vec<Real> inverse = Softmax::inverse_sum(sum);
-    static_cast<Real*>(outputs.logsumexp)[p.first_row(batch, head) + row] =
-        Softmax::logsumexp(load(state), sum)[0];
+    static_cast<Real*>(outputs.logsumexp)[p.first_row(batch, head) + row] = Softmax::logsumexp(load(state), sum)[0];
     Real* out = state + 2 * kLaneCount;
     for (int64_t i = 0; i < value_dim; i += kLaneCount) store(out + i, load(out + i) * inverse);
     store_rows(outputs.out, element(outputs.out, batch, head, row), out, value_dim, 1, p.value_dim);

@@ -45,7 +45,9 @@ constexpr int kDecodeTile = smaller<int>(8, (TA_VECTOR_BYTES == 64 ? 16 : 8) / k
 template <class Real, class Stored, int kRows>
 TA_NOINLINE void decode_dots(const Real* query, StoredRows<Stored> keys, int64_t dim, Real* scores) {
   constexpr int n = kLanes<Real>;
-  constexpr int kAtOnce = smaller(n, kDecodeTile<Real, kRows>);  // prefetching the next block as well gained nothing
+  // Rows of two-byte elements are short: in whole, one after the other, the hardware foresees them. Prefetching the
+  // next block as well gained nothing.
+  constexpr int kAtOnce = sizeof(Stored) == 2 && kRows <= 2 ? 1 : smaller(n, kDecodeTile<Real, kRows>);
   Vec<Real> partial[kRows][n];
   for (int i0 = 0; i0 < n; i0 += kAtOnce) {
     Vec<Real> acc[kRows][kAtOnce] = {};

@@ -17,12 +17,12 @@ namespace torch_attn::cpu::TORCH_ATTN_ISA {
 constexpr int64_t kForwardKeys = 64;
 constexpr int64_t kFewQueries = 16;  // see key_value_rows
 
-// The softmax stage: scores become weights (not yet divided by their sum), in place, and the running sum is brought up
-// to date. maximum is the new maximum, old_maximum what it was before this tile; rescale gets the factor for the
-// output.
+// The softmax stage: scores, here divided by score_factor, become weights (not yet divided by their sum), in place, and
+// the running sum is brought up to date. maximum is the new maximum, old_maximum what it was before this tile, divided
+// alike; rescale gets the factor for the output.
 template <class Real, int kVectors>
-TA_NOINLINE void softmax_tile(int64_t begin, int64_t end, Real* scores, const Real* old_maximum, const Real* maximum,
-                              Real* sum, Real* rescale) {
+TA_NOINLINE void softmax_tile(int64_t begin, int64_t end, Real score_factor, Real* scores, const Real* old_maximum,
+                              const Real* maximum, Real* sum, Real* rescale) {
   using Math = VectorMath<Real>;
   using Softmax = OnlineSoftmax<Math>;
   constexpr int n_lanes = kLanes<Real>, width = kVectors * n_lanes;
@@ -30,14 +30,15 @@ TA_NOINLINE void softmax_tile(int64_t begin, int64_t end, Real* scores, const Re
 #pragma GCC unroll 4
   for (int n = 0; n < kVectors; ++n) {
     const Vec<Real> highest = load(maximum + n * n_lanes);
-    store(rescale + n * n_lanes, Softmax::rescale(load(old_maximum + n * n_lanes), highest));
+    store(rescale + n * n_lanes,
+          Softmax::rescale(load(old_maximum + n * n_lanes) * score_factor, highest * score_factor));
     subtracted[n] = Softmax::safe_maximum(highest);
   }
   for (int64_t j = begin; j < end; ++j) {
 #pragma GCC unroll 4
     for (int n = 0; n < kVectors; ++n) {
       Real* place = scores + j * width + n * n_lanes;
-      const Vec<Real> weight = Math::exp(load(place) - subtracted[n]);
+      const Vec<Real> weight = Math::exp(load(place) - subtracted[n], score_factor);
       tile_sum[n] += weight;
       store(place, weight);
     }
@@ -81,7 +82,8 @@ struct Forward {
     block.rows = smaller(block_rows, p.query_length - block.row);
     block.panels = Panels::of<Real>(block.rows);
     const int64_t lanes = block.panels.lanes;
-    const ScoreStage<Real> stage(p, block.batch, block.head);
+    ScoreStage<Real> stage(p, block.batch, block.head);
+    if (!p.sinks.defined()) stage.leave_dots_raw();
     const int64_t kv_head = block.head / (p.heads / p.kv_heads);
     constexpr int64_t tile = kForwardKeys * kMaxVectors * kLanes<Real>;
 
@@ -109,13 +111,16 @@ struct Forward {
           key_value_rows(p.key, block.batch, kv_head, key, keys, p.head_dim, few_queries, key_scratch);
       const Rows<Real> value_rows =
           key_value_rows(p.value, block.batch, kv_head, key, keys, p.value_dim, few_queries, value_scratch);
+      const NextRows next(p, block.batch, kv_head, key + keys, kForwardKeys, range.end - key - keys,
+                          block.panels.count);
       for (int i = 0; i < block.panels.count; ++i) {
+        next.prefetch(i);
         with_vectors(block.panels.vectors[i], [&]<int kVectors>() {
           add_keys<kVectors>(block, block.panels.offset[i], stage, bias, key, keys, key_rows, value_rows);
         });
       }
     }
-    finish(block, scratch);
+    finish(block, stage.score_factor(), scratch);
   }
 
   // A sink is a key that is always attended and has value 0.
@@ -149,7 +154,8 @@ struct Forward {
     score_tile<Real, kVectors, true>(stage, bias, span, p.head_dim, key_rows, block.query + offset * p.head_dim, row,
                                      key, block.scores, nullptr, maximum);
     prefetch_next_bias(stage.mask_rows, block.row, block.rows, offset, width, key, keys);
-    softmax_tile<Real, kVectors>(span.begin, span.end, block.scores, old_maximum, maximum, block.sum + offset, rescale);
+    softmax_tile<Real, kVectors>(span.begin, span.end, stage.score_factor(), block.scores, old_maximum, maximum,
+                                 block.sum + offset, rescale);
     if (p.dropout_p > 0) {
       drop<kVectors>(block, row, key, span);
     }
@@ -171,17 +177,16 @@ struct Forward {
       store(weights + i, load(weights + i) * load(block.keep + i));
   }
 
-  void finish(const Block& block, Scratch& scratch) const {
+  void finish(const Block& block, Real score_factor, Scratch& scratch) const {
     using Softmax = OnlineSoftmax<VectorMath<Real>>;
     constexpr int n_lanes = kLanes<Real>;
     Real* rows = scratch.take<Real>(kMaxVectors * n_lanes * round_up(p.value_dim, n_lanes));
     for (int64_t i = 0; i < block.panels.lanes; i += n_lanes) {
       const Vec<Real> sum = load(block.sum + i);
-      store(block.maximum + i, Softmax::logsumexp(load(block.maximum + i), sum));
+      store(block.maximum + i, Softmax::logsumexp(load(block.maximum + i) * score_factor, sum));
       store(block.sum + i, Softmax::inverse_sum(sum));
     }
-    Real* logsumexp =
-        static_cast<Real*>(outputs.logsumexp) + p.first_row(block.batch, block.head) + block.row;
+    Real* logsumexp = static_cast<Real*>(outputs.logsumexp) + p.first_row(block.batch, block.head) + block.row;
     __builtin_memcpy(logsumexp, block.maximum, block.rows * sizeof(Real));
     for (int i = 0; i < block.panels.count; ++i) {
       const int64_t offset = block.panels.offset[i], width = block.panels.vectors[i] * n_lanes;

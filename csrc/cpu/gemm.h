@@ -56,15 +56,21 @@ TA_NOINLINE void dot_tile(int64_t dim, const Real* keys, int64_t key_stride, con
   constexpr int n_lanes = kLanes<Real>, width = kVectors * n_lanes;
   Vec<Real> acc[kRows][kVectors] = {};
   multiply_accumulate<Real, kRows, kVectors, Broadcast::kAlongRow>(acc, dim, keys, key_stride, panel, width);
+  if (factor != 1) {
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+      for (int n = 0; n < kVectors; ++n) acc[m][n] *= factor;
+    }
+  }
 #pragma GCC unroll 4
   for (int n = 0; n < kVectors; ++n) {
     Vec<Real> highest{};
     if (kTrackMaximum) highest = load(maximum + n * n_lanes);
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; ++m) {
-      const Vec<Real> scaled = acc[m][n] * factor;
-      if (kTrackMaximum) highest = max(highest, scaled);
-      store(out + m * width + n * n_lanes, scaled);
+      if (kTrackMaximum) highest = max(highest, acc[m][n]);
+      store(out + m * width + n * n_lanes, acc[m][n]);
     }
     if (kTrackMaximum) store(maximum + n * n_lanes, highest);
   }

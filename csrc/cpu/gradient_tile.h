@@ -83,6 +83,7 @@ struct GradientTile {
   using Real = RealType;
   using Block = RowBlock<Real>;
   using Tensors = BackwardTensors;
+  static constexpr bool kTakesRawDots = true;  // see ScoreStage::leave_dots_raw
 
   const AttentionProblem& p;
   Dropout dropout;
@@ -116,7 +117,7 @@ struct GradientTile {
       dot_rows<Real, kVectors, false>(span.begin, span.end, p.value_dim, value_rows.data, value_rows.stride,
                                       block.grad_out + offset * p.value_dim, 1, gradients, nullptr);
     }
-    finish<kVectors>(block, stage, offset, key, span, 1, wanted, weights, gradients, slope_gradient);
+    finish<kVectors>(block, stage, offset, key, span, stage.score_factor(), wanted, weights, gradients, slope_gradient);
     return true;
   }
 

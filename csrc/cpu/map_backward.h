@@ -113,6 +113,7 @@ struct MapGradientTile : GradientTile<RealType> {
   using Real = RealType;
   using Tensors = MapBackwardTensors;
   using Wanted = typename GradientTile<Real>::Wanted;
+  static constexpr bool kTakesRawDots = false;  // some of the gradients depend on the scores themselves
 
   WeightGradients<Real> source;
 

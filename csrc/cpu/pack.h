@@ -66,6 +66,39 @@ TA_INLINE void prefetch_rows(Rows<Real> rows, int64_t first, int64_t count, int6
   }
 }
 
+// Asks the L2 cache for the block of keys and values after this one, a share before each panel: rows that come from
+// further away would arrive too late for that block's first panel.
+struct NextRows {
+  const char *keys = nullptr, *values = nullptr;
+  int64_t key_step, value_step, key_bytes, value_bytes;  // from row to row, and of a row
+  int64_t rows, shares;
+
+  // The block that starts at row; left: how many rows there are from it on. Blocks that cross a page are not asked for.
+  NextRows(const AttentionProblem& p, int64_t batch, int64_t kv_head, int64_t row, int64_t block, int64_t left,
+           int64_t panels)
+      : key_step(p.key.stride[2] * element_size(p.dtype)),
+        value_step(p.value.stride[2] * element_size(p.dtype)),
+        key_bytes(p.head_dim * element_size(p.dtype)),
+        value_bytes(p.value_dim * element_size(p.dtype)),
+        rows(smaller(block, left)),
+        shares(panels) {
+    if (rows <= 0 || !is_one_run(p.key, row, rows) || !is_one_run(p.value, row, rows)) {
+      rows = 0;
+      return;
+    }
+    keys = element(p.key, batch, kv_head, row);
+    values = element(p.value, batch, kv_head, row);
+  }
+
+  TA_INLINE void prefetch(int64_t share) const {
+    constexpr int kIntoL2 = 2;  // __builtin_prefetch's locality
+    for (int64_t i = rows * share / shares; i < rows * (share + 1) / shares; ++i) {
+      for (int64_t j = 0; j < key_bytes; j += 64) __builtin_prefetch(keys + i * key_step + j, 0, kIntoL2);
+      for (int64_t j = 0; j < value_bytes; j += 64) __builtin_prefetch(values + i * value_step + j, 0, kIntoL2);
+    }
+  }
+};
+
 // panel[j · width + i] = in[i · in_stride + j] for i < rows and j < columns; the lanes from rows to width are zero.
 // Reads in up to a multiple of the vector length beyond columns: in must be padded so.
 template <class Real>

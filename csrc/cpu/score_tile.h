@@ -42,6 +42,7 @@ struct ScoreStage {
   ScoreMod<VectorMath<Real>> mod;
   BandMask band;
   bool softcap, alibi, mask;
+  bool raw = false;  // see leave_dots_raw
   MaskRows mask_rows;
 
   ScoreStage(const AttentionProblem& p, int64_t batch, int64_t head)
@@ -59,7 +60,11 @@ struct ScoreStage {
 
   TA_INLINE bool changes_elements(const BiasTile<Real>& bias) const { return softcap || alibi || !bias.empty(); }
   // What dots are multiplied by as they leave the registers; softcap applies the scale itself.
-  TA_INLINE Real dot_factor() const { return softcap ? Real{1} : mod.scale; }
+  TA_INLINE Real dot_factor() const { return softcap || raw ? Real{1} : mod.scale; }
+  // Where nothing but the band changes scores, the scale can wait for the exponential, which multiplies anyway: from
+  // here on a tile holds score / score_factor().
+  TA_INLINE void leave_dots_raw() { raw = !softcap && !alibi && !mask && mod.scale > 0; }
+  TA_INLINE Real score_factor() const { return raw ? mod.scale : Real{1}; }
   TA_INLINE bool mask_is_per_key() const { return mask && mask_rows.row_stride == 0; }
 };
 
@@ -137,7 +142,7 @@ TA_INLINE void modify_lanes(const ScoreStage<Real>& stage, const BiasTile<Real>&
 }
 
 // Dots become scores, in place, for the block's keys [begin, end) and a panel that starts at row: first they are
-// multiplied by factor, which is 1 where they already were (see ScoreStage::dot_factor). key is the block's first key.
+// multiplied by factor, which is 1 where they already were or will be (see ScoreStage). key is the block's first key.
 // derivative, if wanted (with softcap), gets d score / d dot; maximum, if not null, is raised to include the scores. A
 // key that the mask or the band excludes scores −∞, even if its dot is NaN.
 template <class Real, int kVectors>

@@ -70,6 +70,7 @@ struct SelectionGradientTile {
   using Real = RealType;
   using Block = SelectionBlock<Real>;
   using Tensors = SelectionBackwardTensors;
+  static constexpr bool kTakesRawDots = false;
   using Wanted = typename GradientTile<Real>::Wanted;
 
   const AttentionProblem& p;

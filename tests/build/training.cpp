@@ -30,11 +30,11 @@ int main(int argc, char** argv) {
   const at::Tensor penalty_gradient = torch::autograd::grad({gradient.square().sum()}, {input})[0];
   std::printf("%.12f\n", penalty_gradient.norm().item<double>());
 
-  const auto attention = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torch_attn::scaled_dot_product_attention", "")
-                             .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                               const std::optional<at::Tensor>&, double, bool, std::optional<double>,
-                                               bool)>();
+  const auto attention =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("torch_attn::scaled_dot_product_attention", "")
+          .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
+                            double, bool, std::optional<double>, bool)>();
   const at::Tensor heads = x.view({2, 9, 2, 8}).transpose(1, 2);
   const at::Tensor out = attention.call(heads, heads, heads, /*attn_mask=*/std::nullopt, /*dropout_p=*/0.0,
                                         /*is_causal=*/true, /*scale=*/std::nullopt, /*enable_gqa=*/false);

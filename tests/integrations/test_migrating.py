@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from torch_attn import MultiheadAttention, attention, attention_weights
+from torch_attn import MultiheadAttention, attention, attention_weights, paged_attention, varlen_attention
 from torch_attn import reference as definition
 
 B, H, L, S, D = 2, 4, 5, 8, 6
@@ -147,3 +147,86 @@ def test_the_modules_masks_as_a_function_takes_them(module: nn.MultiheadAttentio
     assert_close(out.transpose(1, 2).flatten(2), expected)
     weights = attention_weights(query, key, key_lengths=(~padding).sum(1), heads="mean", **options)
     assert_close(weights, expected_weights)
+
+
+QUERIES, KEYS = [3, 1, 4], [5, 2, 4]  # lengths of packed sequences
+CAUSAL: dict[str, dict[str, Any]] = {
+    "no": {},
+    "top_left": {"is_causal": True},
+    "bottom_right": {"is_causal": True, "causal_alignment": "bottom_right"},
+}
+
+
+def packed(lengths: list[int]) -> Tensor:
+    """(total, H, D)"""
+    return torch.randn(sum(lengths), H, D, dtype=torch.float64)
+
+
+def starts(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+
+
+def one_by_one(query: Tensor, key: Tensor, value: Tensor, causal: str) -> Tensor:
+    """Each sequence by itself, as flash-attn's and xFormers' docstrings say of packed ones."""
+    outputs = []
+    for sequence in zip(query.split(QUERIES), key.split(KEYS), value.split(KEYS), strict=True):
+        rows, keys = len(sequence[0]), len(sequence[1])
+        i, j = places(rows, keys)
+        last = {"no": torch.tensor(keys), "top_left": i, "bottom_right": i + keys - rows}[causal]
+        out = reference(*(x.transpose(0, 1).unsqueeze(0) for x in sequence), attn_mask=(j <= last).expand(rows, keys))
+        outputs.append(out[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def blocks(x: Tensor, size: int = 2) -> tuple[Tensor, Tensor]:
+    """A cache (blocks, size, H, D), and the table that says where each sequence's blocks lie."""
+    cache, table = [], torch.zeros(len(KEYS), 3, dtype=torch.int32)
+    for sequence, keys in enumerate(x.split(KEYS)):
+        for place, block in enumerate(keys.split(size)):
+            table[sequence, place] = len(cache)
+            cache.append(torch.cat([block, torch.zeros(size - len(block), H, D, dtype=x.dtype)]))
+    return torch.stack(cache), table
+
+
+@pytest.mark.parametrize("causal", CAUSAL)
+def test_packed_sequences_of_both(causal: str) -> None:
+    query, key, value = packed(QUERIES), packed(KEYS), packed(KEYS)
+    sizes = (starts(QUERIES), starts(KEYS), max(QUERIES), max(KEYS))
+    actual = varlen_attention(query, key, value, *sizes, **CAUSAL[causal])
+    assert_close(actual, one_by_one(query, key, value, causal))
+
+
+@pytest.mark.parametrize("causal", ["no", "bottom_right"])
+def test_xformers_padded_keys(causal: str) -> None:
+    query, key, value = packed(QUERIES), packed(KEYS), packed(KEYS)
+    padding, lengths = 6, torch.tensor(KEYS)
+    padded = [torch.full((len(KEYS), padding, H, D), float("nan"), dtype=torch.float64) for _ in range(2)]
+    for into, x in zip(padded, (key, value), strict=True):
+        for sequence, rows in enumerate(x.split(KEYS)):
+            into[sequence, : len(rows)] = rows
+    sizes = (starts(QUERIES), torch.arange(len(KEYS) + 1, dtype=torch.int32) * padding, max(QUERIES), padding)
+    flat = [x.flatten(0, 1) for x in padded]
+    actual = varlen_attention(query, *flat, *sizes, key_lengths=lengths, **CAUSAL[causal])
+    assert_close(actual, one_by_one(query, key, value, causal))
+
+
+def test_flash_attns_block_table() -> None:
+    query, key, value = packed(QUERIES), packed(KEYS), packed(KEYS)
+    (key_cache, table), (value_cache, _) = blocks(key), blocks(value)
+    options = {"key_lengths": starts(KEYS).diff(), "block_table": table, **CAUSAL["bottom_right"]}
+    sizes = (starts(QUERIES), None, max(QUERIES), max(KEYS))
+    actual = varlen_attention(query, key_cache, value_cache, *sizes, **options)
+    assert_close(actual, one_by_one(query, key, value, "bottom_right"))
+
+
+def test_flash_attns_paged_cache() -> None:
+    newest = 2
+    query = torch.randn(len(KEYS), newest, H, D, dtype=torch.float64).transpose(1, 2)
+    key, value = packed(KEYS), packed(KEYS)
+    (key_cache, table), (value_cache, _) = blocks(key), blocks(value)
+    actual = paged_attention(query, key_cache, value_cache, table, torch.tensor(KEYS), is_causal=True)
+    for sequence, (keys, values) in enumerate(zip(key.split(KEYS), value.split(KEYS), strict=True)):
+        i, j = places(newest, len(keys))
+        cached = (x.transpose(0, 1).unsqueeze(0) for x in (keys, values))
+        one = slice(sequence, sequence + 1)
+        assert_close(actual[one], reference(query[one], *cached, attn_mask=j <= i + len(keys) - newest))

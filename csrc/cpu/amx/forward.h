@@ -160,8 +160,12 @@ struct AmxForward {
           half_rows(p.value, block.batch, kv_head, key, keys, p.value_dim, all_keys, packed_values, value_scratch);
       transpose_rows(values, value_rows, all_keys, packed_values, value_pairs);
       const KeyBlock key_block{key, keys, all_keys, key_rows, values};
-      for (int64_t offset = 0; offset < block.lanes; offset += kAmxLanes)
-        add_keys(block, offset, stage, bias, key_block);
+      const int64_t panels = block.lanes / kAmxLanes;
+      const NextRows next(p, block.batch, kv_head, key + keys, key_block_size, range.end - key - keys, panels);
+      for (int64_t i = 0; i < panels; ++i) {
+        next.prefetch(i);
+        add_keys(block, i * kAmxLanes, stage, bias, key_block);
+      }
     }
     finish(block, scratch);
   }
@@ -242,8 +246,7 @@ struct AmxForward {
       store(block.maximum + i, Softmax::logsumexp(load(block.maximum + i), sum));
       store(block.sum + i, Softmax::inverse_sum(sum));
     }
-    float* logsumexp =
-        static_cast<float*>(outputs.logsumexp) + p.first_row(block.batch, block.head) + block.row;
+    float* logsumexp = static_cast<float*>(outputs.logsumexp) + p.first_row(block.batch, block.head) + block.row;
     __builtin_memcpy(logsumexp, block.maximum, block.rows * sizeof(float));
     for (int64_t offset = 0; offset < block.lanes; offset += kAmxLanes) {
       store_panel(outputs.out, block.batch, block.head, block.row + offset, smaller(kAmxLanes, block.rows - offset),

@@ -14,16 +14,15 @@ constexpr int64_t kAmxLanes = kAmxVectors * kLanes<float>;
 constexpr int64_t kAmxKeys = 128;  // at most, see amx_key_block
 
 // exp(x) for x ≤ kMaximumSlack, with a relative error of 3e-6: for weights that are then rounded to bfloat16. A NaN
-// stays one; below the smallest normal number the result is 0. The caller subtracts first: taking log2(e) into the
-// scores' factor would save a multiplication, but lets a large maximum's rounding error through.
+// stays one; near the smallest normal number and below the result is 0. The caller subtracts first: taking log2(e) into
+// the scores' factor would save a multiplication, but lets a large maximum's rounding error through.
 TA_INLINE Vec<float> exp_for_half(Vec<float> x) {
-  constexpr float kRounder = ExpConstants<float>::kRounder;
-  const Vec<float> t = x * 1.44269504f, shifted = t + kRounder, f = t - (shifted - kRounder);
-  // 2^f, minimax on |f| ≤ 1/2.
-  const Vec<float> y =
-      (((0.00958277178404f * f + 0.0559072210405f) * f + 0.240241046684f) * f + 0.693124103426f) * f + 1.0f;
-  const Vec<float> power = (Vec<float>)((IntVec<float>)shifted << ExpConstants<float>::kMantissaBits);
-  return t < splat(-126.0f) ? splat(0.0f) : y * power;
+  const Vec<float> t = x * 1.44269504f;
+  const Vec<float> f = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF);  // t − ⌊t⌋
+  // 2^f, minimax on 0 ≤ f < 1.
+  const Vec<float> y = (((0.013534168f * f + 0.05201146f) * f + 0.24144275f) * f + 0.69300383f) * f + 1.0000026f;
+  const __mmask16 normal = _mm512_cmp_ps_mask(t, splat(-126.0f), _CMP_NLT_UQ);
+  return _mm512_maskz_scalef_ps(normal, y, t);  // multiplies by 2^⌊t⌋
 }
 
 }  // namespace torch_attn::cpu::TORCH_ATTN_ISA

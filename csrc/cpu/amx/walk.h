@@ -182,8 +182,11 @@ struct AmxWalk {
       keys.value_rows =
           half_rows(p.value, batch, kv_head, key, keys.keys, p.value_dim, keys.all_keys, value_dim, value_scratch);
       if (plan.needs_query) transpose_rows(keys_transposed, keys.key_rows, keys.all_keys, head_dim, key_pairs);
+      const NextRows next(p, batch, kv_head, key + keys.keys, key_block_size, range.end - key - keys.keys,
+                          block.lanes / kAmxLanes);
       KeySpan spans[kMaxPanels];
       for (int64_t i = 0; i * kAmxLanes < block.lanes; ++i) {
+        next.prefetch(i);
         spans[i] = attend(block, stage, i, keys, slope_gradient);
       }
       if (plan.needs_value) {

@@ -142,16 +142,8 @@ __global__ void __launch_bounds__(kThreads)
     const int in_block = thread_y() * kPerThread + i;
     if (thread_x() != 0 || row + in_block >= p.query_length) continue;
     const auto of_row = torch_attn::RowStatistics<M>::of(highest, total, sink);
-    const auto write = [&](void* to, Real x) {
-      if (to) static_cast<Real*>(to)[first_row + in_block] = x;
-    };
-    write(out.logsumexp, of_row.logsumexp);
-    write(out.entropy, of_row.entropy);
-    write(out.max_weight, of_row.factor);
-    write(out.mean_distance, of_row.mean_distance);
-    write(out.window_mass, of_row.window_mass);
-    if (out.argmax) out.argmax[first_row + in_block] = lowest_key == INT64_MAX ? -1 : lowest_key;
-    weight_scale[first_row + in_block] = weight_scale_of(highest, of_row.factor, of_row.logsumexp);
+    write_statistics(out, weight_scale, first_row + in_block, of_row, highest,
+                     lowest_key == INT64_MAX ? -1 : lowest_key);
     shared.stage[in_block] = highest;
     shared.stage[kTile + in_block] = of_row.factor;
   }

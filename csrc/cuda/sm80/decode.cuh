@@ -88,9 +88,9 @@ __global__ void __launch_bounds__(kThreads)
 
   const PackedRow place[2] = {{p, kv_head, first_packed + lane / 4}, {p, kv_head, first_packed + lane / 4 + 8}};
   const HeadScore<float> score[2] = {{p, batch, place[0].head}, {p, batch, place[1].head}};
-  const int64_t keys = score[0].band.key_length;  // what lies behind is not read: see forward.cuh
-  const KeyRows<T> key(p.key, batch, kv_head, keys, p.head_dim, p.first_key(batch));
-  const KeyRows<T> value(p.value, batch, kv_head, keys, p.value_dim, p.first_key(batch));
+  const int64_t keys = keys_to_read<kFull>(p, score[0], batch), first_key = p.first_key(batch);
+  const KeysOf<T, kFull> key(p.key, batch, kv_head, keys, p.head_dim, first_key);
+  const KeysOf<T, kFull> value(p.value, batch, kv_head, keys, p.value_dim, first_key);
 
   // This split's keys, in whole steps of the block; this warp's are every fourth 16 of them.
   const int64_t row_begin = first_packed / p.group_size();

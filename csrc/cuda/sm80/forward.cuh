@@ -38,8 +38,9 @@ __global__ void __launch_bounds__(kThreads)
   int64_t index = blockIdx.x;
   const int64_t row = (tiles - 1 - index % tiles) * Shape::kRows;  // the longest rows of a causal mask first
   index /= tiles;
-  const int64_t head = index % p.heads, batch = index / p.heads;
-  const int64_t queries = p.queries_of(batch);
+  // Of 32 bits: registers are short here.
+  const int head = static_cast<int>(index % p.heads), batch = static_cast<int>(index / p.heads);
+  const int queries = static_cast<int>(p.queries_of(batch));
   if (row >= queries) return;  // of a packed sequence shorter than others
   const int64_t row_end = row + Shape::kRows < queries ? row + Shape::kRows : queries;
   const int lane = lane_index(), warp_row = 16 * kM * warp_index();
@@ -47,10 +48,9 @@ __global__ void __launch_bounds__(kThreads)
   const HeadScore<float> score(p, batch, head);
   const int64_t kv_head = head / p.group_size();
   const Rows<T> query(p.query, batch, head, queries, p.head_dim, p.first_query(batch));
-  // What lies behind the last key is not read: in a paged cache, neither rows nor pages need be valid there.
-  const int64_t keys = score.band.key_length;
-  const KeyRows<T> key(p.key, batch, kv_head, keys, p.head_dim, p.first_key(batch));
-  const KeyRows<T> value(p.value, batch, kv_head, keys, p.value_dim, p.first_key(batch));
+  const int64_t keys = keys_to_read<kFull>(p, score, batch), first_key = p.first_key(batch);
+  const KeysOf<T, kFull> key(p.key, batch, kv_head, keys, p.head_dim, first_key);
+  const KeysOf<T, kFull> value(p.value, batch, kv_head, keys, p.value_dim, first_key);
 
   // weight = 2^((x − maximum) · factor). x is the score; in a plain kernel q·k, and the factor holds the scale.
   const float unit = kFull ? 1.0f : score.mod.scale, factor = unit * kLog2E;
@@ -165,7 +165,8 @@ __global__ void __launch_bounds__(kThreads)
       inverse[m][half] = Softmax::inverse_sum(total) * (kFull && score.dropout_on ? score.keep_scale : 1.0f);
       const int64_t r = row + warp_row + 16 * m + 8 * half + lane / 4;
       if (lane % 4 == 0 && r < queries)
-        static_cast<float*>(out.logsumexp)[score.first_row + r] = Softmax::logsumexp(maximum[m][half] * unit, total);
+        static_cast<float*>(out.logsumexp)[p.first_row(batch, head) + r] =
+            Softmax::logsumexp(maximum[m][half] * unit, total);
     }
   const Rows<T> to(out.out, batch, head, queries, p.value_dim, p.first_query(batch));
   store_rows<kM, kDim>(to, row + warp_row, 0, result, inverse, shared.query, warp_row);

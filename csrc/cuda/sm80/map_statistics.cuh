@@ -120,16 +120,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         top.score[i] = top.index[i] < 0 ? 0.0f : M::exp(top.score[i] - highest) * of_row.factor;
     }
     if (lane % 4 != 0) continue;
-    const auto write = [&](void* to, float value) {
-      if (to) static_cast<float*>(to)[first_row + r] = value;
-    };
-    write(out.logsumexp, of_row.logsumexp);
-    write(out.entropy, of_row.entropy);
-    write(out.max_weight, of_row.factor);
-    write(out.mean_distance, of_row.mean_distance);
-    write(out.window_mass, of_row.window_mass);
-    if (out.argmax) out.argmax[first_row + r] = lowest_key == kNoKey ? -1 : lowest_key;
-    weight_scale[first_row + r] = weight_scale_of(highest, of_row.factor, of_row.logsumexp);
+    write_statistics(out, weight_scale, first_row + r, of_row, highest, lowest_key == kNoKey ? -1 : lowest_key);
   }
 }
 

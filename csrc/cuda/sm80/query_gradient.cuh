@@ -39,19 +39,19 @@ __global__ void __launch_bounds__(kThreads)
   int64_t index = blockIdx.x;
   const int64_t row = (tiles - 1 - index % tiles) * Shape::kRows;
   index /= tiles;
-  const int64_t head = index % p.heads, batch = index / p.heads;
-  const int64_t queries = p.queries_of(batch), keys = p.keys_of(batch);
-  const int64_t first_query = p.first_query(batch), first_key = p.first_key(batch);
+  // Of 32 bits, and lengths and starts are asked for where they are needed: registers are short here.
+  const int head = static_cast<int>(index % p.heads), batch = static_cast<int>(index / p.heads);
+  const int queries = static_cast<int>(p.queries_of(batch));
   if (row >= queries) return;  // of a packed sequence shorter than others
   const int64_t row_end = row + Shape::kRows < queries ? row + Shape::kRows : queries;
   const int lane = lane_index(), warp_row = 16 * warp_index();
 
   const HeadScore<float> score(p, batch, head);
   const int64_t kv_head = head / p.group_size();
-  const Rows<T> query(p.query, batch, head, queries, p.head_dim, first_query);
-  const Rows<T> grad_out(t.grad_out, batch, head, queries, p.value_dim, first_query);
-  const Rows<T> key(p.key, batch, kv_head, keys, p.head_dim, first_key);
-  const Rows<T> value(p.value, batch, kv_head, keys, p.value_dim, first_key);
+  const Rows<T> query(p.query, batch, head, queries, p.head_dim, p.first_query(batch));
+  const Rows<T> grad_out(t.grad_out, batch, head, queries, p.value_dim, p.first_query(batch));
+  const Rows<T> key(p.key, batch, kv_head, p.keys_of(batch), p.head_dim, p.first_key(batch));
+  const Rows<T> value(p.value, batch, kv_head, p.keys_of(batch), p.value_dim, p.first_key(batch));
 
   const KeyRange range = score.band.keys_of_any(row, row_end);
   const int64_t begin = range.begin / Shape::kStep * Shape::kStep;
@@ -121,12 +121,12 @@ __global__ void __launch_bounds__(kThreads)
     for (int half = 0; half < 2; ++half) {
       const int64_t r = row + warp_row + 8 * half + lane / 4;
       const float total = row_sum(grad_slope[half]);
-      if (lane % 4 == 0 && r < queries) statistics.grad_slope[score.first_row + r] = total;
+      if (lane % 4 == 0 && r < queries) statistics.grad_slope[p.first_row(batch, head) + r] = total;
     }
   }
   if (t.grad_query.defined()) {
     const float scale = kFull ? 1.0f : score.mod.scale, factors[1][2] = {{scale, scale}};
-    const Rows<T> to(t.grad_query, batch, head, queries, p.head_dim, first_query);
+    const Rows<T> to(t.grad_query, batch, head, queries, p.head_dim, p.first_query(batch));
     store_rows<1, kDim>(to, row + warp_row, 0, result, factors, shared.dots, warp_row);
   }
 }

@@ -2,7 +2,7 @@
 // head_score.cuh.
 //
 // Kernels come in two kinds. Plain ones serve scaled scores with a band mask (causal, windows, key lengths) and leave
-// the scale to the exponential; full ones apply softcap, ALiBi, attn_mask and dropout as well.
+// the scale to the exponential; full ones apply softcap, ALiBi, attn_mask and dropout as well, and read paged caches.
 #pragma once
 
 #include "tile.cuh"
@@ -10,6 +10,15 @@
 namespace torch_attn::cuda::sm80 {
 
 constexpr float kLog2E = 1.44269504088896340736f;
+
+template <class T, bool kFull>
+using KeysOf = std::conditional_t<kFull, KeyRows<T>, Rows<T>>;
+
+// What lies behind the last key of a paged cache is not read: neither rows nor pages need be valid there.
+template <bool kFull>
+TA_DEVICE int64_t keys_to_read(const AttentionProblem& p, const HeadScore<float>& score, int64_t batch) {
+  return kFull && p.key.pages ? score.band.key_length : p.keys_of(batch);
+}
 
 // The lane's columns of a row of accumulators: element i is column column_of_lane(i) of the tile.
 TA_DEVICE int column_of_lane(int i) { return i / 2 * 8 + 2 * (lane_index() % 4) + i % 2; }

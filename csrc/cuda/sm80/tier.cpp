@@ -54,7 +54,8 @@ int64_t widest(const AttentionProblem& p) { return p.head_dim > p.value_dim ? p.
 // The narrowest variant that serves the problem, or null. Plain kernels fold the scale into the running maximum, so
 // they need a positive one.
 const Variant* variant_for(const AttentionProblem& p, bool full) {
-  full = full || p.softcap != 0 || p.attn_mask.defined() || p.alibi_slopes.defined() || p.dropout_p > 0 || p.scale <= 0;
+  full = full || p.softcap != 0 || p.attn_mask.defined() || p.alibi_slopes.defined() || p.dropout_p > 0 ||
+         p.scale <= 0 || p.key.pages != nullptr;
   const Variant* best = nullptr;
   for (const Variant& v : kVariants)
     if (v.dtype == p.dtype && v.full == full && v.dim >= widest(p) && (!best || v.dim < best->dim)) best = &v;

@@ -89,26 +89,25 @@ TA_DEVICE void copy_tile(Tile& tile, const Rows<T>& rows, int64_t row) {
 // up.
 template <class T>
 struct KeyRows : Rows<T> {
-  const int32_t* pages;  // of the batch entry; null: not paged
-  int64_t page_stride;
-  int page_shift = 0;
+  const TensorView& view;  // a kernel's parameter: what is read of it takes no register
+  int batch;
 
-  TA_DEVICE KeyRows(const TensorView& view, int64_t batch, int64_t head, int64_t row_count, int64_t column_count,
+  TA_DEVICE KeyRows(const TensorView& view_, int64_t batch_, int64_t head, int64_t row_count, int64_t column_count,
                     int64_t first)
-      : Rows<T>(view, view.pages ? 0 : batch, head, row_count, column_count, first),
-        pages(view.pages ? view.pages + batch * view.pages_stride : nullptr),
-        page_stride(view.stride[0]) {
-    while (pages && int64_t{1} << page_shift < view.page_rows) ++page_shift;
-  }
+      : Rows<T>(view_, view_.pages ? 0 : batch_, head, row_count, column_count, first),
+        view(view_),
+        batch(static_cast<int>(batch_)) {}
+
   TA_DEVICE const T* paged_row(int64_t row) const {
-    const int64_t page = pages[row >> page_shift], in_page = row & ((int64_t{1} << page_shift) - 1);
-    return this->data + page * page_stride + in_page * this->stride;
+    const int shift = log2_of(static_cast<int>(view.page_rows));
+    const int64_t page = view.pages[batch * view.pages_stride + (row >> shift)];
+    return this->data + page * view.stride[0] + (row & (view.page_rows - 1)) * this->stride;
   }
 };
 
 template <int kCopiers = kThreads, class Tile, class T>
 TA_DEVICE void copy_tile(Tile& tile, const KeyRows<T>& rows, int64_t row) {
-  if (!rows.pages) return copy_tile<kCopiers>(tile, static_cast<const Rows<T>&>(rows), row);
+  if (!rows.view.pages) return copy_tile<kCopiers>(tile, static_cast<const Rows<T>&>(rows), row);
   constexpr int kPieces = Tile::kDim / kPiece<T>, kRowsAtOnce = kCopiers / kPieces;
   const int thread = static_cast<int>(threadIdx.x) % kCopiers;
   const int first = thread / kPieces, column = thread % kPieces * kPiece<T>;

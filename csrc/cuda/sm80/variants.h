@@ -8,7 +8,7 @@
 namespace torch_attn::cuda::sm80 {
 
 // T: Float16, BFloat16, or float, whose products are of TF32. kDim: the largest head_dim and value_dim served, 64, 128
-// or 256. kFull: with softcap, ALiBi, attn_mask and dropout; see score_tile.cuh.
+// or 256. kFull: with softcap, ALiBi, attn_mask, dropout and pages; see score_tile.cuh.
 template <class T, int kDim, bool kFull>
 void forward(const AttentionProblem&, const ForwardOutputs&, const Stream&);
 template <class T, int kDim, bool kFull>

@@ -216,7 +216,7 @@ class WithWeightsFunction : public torch::autograd::Function<WithWeightsFunction
     const variable_list saved = context->get_saved_variables();
     const Tensor &grad_out = gradients[0], &grad_weights = gradients[1], &grad_logsumexp = gradients[2];
     const Tensor &query = saved[kQuery], &key = saved[kKey], &out = saved[7], &logsumexp = saved[8];
-    const Options options = saved_options(*context, saved, saved[6]);
+    const Options options{saved_options(*context, saved, saved[6])};
     Edges edges(*context);
     OutputMask wanted;
     for (size_t i = 0; i < kGradients; ++i) wanted[i] = edges.next_is_wanted(saved[i]);
