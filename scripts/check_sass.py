@@ -64,9 +64,21 @@ EXPECTED = {
     "portable map": 2 * 7,
     "portable selection": 8,
 }
-# The widest kernels, with rows of 512 bytes, and one of hard attention's may spill this much, once outside their loops;
-# all others nothing.
+# The widest kernels, with rows of 512 bytes, and one of hard attention's may spill this much, once outside their loops.
 WIDEST_SPILL_BYTES = 32
+# These may spill a few registers, by tier, kernel and width: what the starts of packed sequences and the maps' options
+# cost beside their accumulators, of which a float64 takes two registers. All others nothing.
+MAY_SPILL = {
+    ("sm80", "all_gradients_kernel", 128): 8,
+    ("sm80", "map_query_gradient_kernel", 0): 8,
+    ("simt", "forward_kernel", 64): 96,
+    ("simt", "query_gradient_kernel", 64): 64,
+    ("simt", "key_value_gradient_kernel", 128): WIDEST_SPILL_BYTES,
+    ("simt", "map_column_kernel", 0): 8,
+    ("simt", "select_keys_kernel", 0): 16,
+    ("simt", "selection_key_gradient_kernel", 64): 8,
+    ("simt", "selection_mask_gradient_kernel", 0): WIDEST_SPILL_BYTES,
+}
 WIDEST = {"HMMA.16816.F32": 256, "HMMA.1688.F32.TF32": 128}
 
 TYPES = {"f": "float", "d": "double"}
@@ -148,7 +160,10 @@ def plan_of(name: str) -> Plan | None:
         label = f"sm80 {kernel} {'TF32' if is_float else type_name(found[2])}"
         if kernel in PLANNED_HMMA_OF_TYPE:
             count = PLANNED_HMMA_OF_TYPE[kernel][is_float]
-            return Plan("tensor-core map", label, instruction, count, kernel in STORES_ROWS)
+            stores_rows = kernel in STORES_ROWS
+            return Plan(
+                "tensor-core map", label, instruction, count, stores_rows, MAY_SPILL.get(("sm80", kernel, 0), 0)
+            )
         width = int(found[3] or 0)
         if kernel in PLANNED_HMMA_OF_WIDTH:
             count = PLANNED_HMMA_OF_WIDTH[kernel][width]
@@ -162,7 +177,7 @@ def plan_of(name: str) -> Plan | None:
             instruction,
             PLANNED_HMMA[instruction][kernel][width][full],
             True,
-            WIDEST_SPILL_BYTES if width == WIDEST[instruction] else 0,
+            WIDEST_SPILL_BYTES if width == WIDEST[instruction] else MAY_SPILL.get(("sm80", kernel, width), 0),
         )
     if found := SIMT_NAME.search(name):
         kernel, width = found[1], int(found[3] or 0)
@@ -173,8 +188,7 @@ def plan_of(name: str) -> Plan | None:
             family = "portable map"
         elif width == 0 and kernel != "mask_gradient_kernel":
             return None
-        may_spill = (kernel, width) == ("key_value_gradient_kernel", 128) or kernel == "selection_mask_gradient_kernel"
-        spill_bytes = WIDEST_SPILL_BYTES if may_spill else 0
+        spill_bytes = MAY_SPILL.get(("simt", kernel, width), 0)
         return Plan(family, f"simt {kernel} {type_name(found[2])} {width or ''}".rstrip(), spill_bytes=spill_bytes)
     return None
 

@@ -163,4 +163,5 @@ def test_the_figures_are_those_that_were_measured() -> None:
 def test_memory_grows_with_the_length_and_not_with_its_square() -> None:
     """A process of its own, as when the figures were measured."""
     measured = memory(8192, "float32", is_causal=True)
-    assert measured.tensors_mib < measured.peak_mib < measured.score_matrix_mib / 8
+    # The resident set is counted in pages, and some may have been there before.
+    assert 0.9 * measured.tensors_mib < measured.peak_mib < measured.score_matrix_mib / 8

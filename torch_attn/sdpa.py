@@ -39,6 +39,8 @@ _NO_CUDA = build_info()["cuda_off_reason"]
 class patch_sdpa(TorchFunctionMode, ContextDecorator):
     """PyTorch's ``scaled_dot_product_attention`` on this library's kernels: a ``with`` block or a decorator.
 
+    ::
+
         with torch_attn.patch_sdpa() as patch:
             model(x).sum().backward()
         patch.calls, patch.fallbacks  # 24, {}

@@ -15,7 +15,7 @@ from torch_attn import plot, replace_mha
 
 DOCS = Path(__file__).parents[2] / "docs"
 GUIDE = (DOCS / "maps.md").read_text(encoding="utf-8")
-README = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+PAGES = [DOCS.parent / "README.md", *DOCS.glob("*.md")]
 
 
 def test_the_code_of_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,7 +45,7 @@ def test_the_code_of_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_each_picture_is_there_light_and_dark_and_small() -> None:
-    named = set(re.findall(r"images/(\w+\.png)", GUIDE + README))
+    named = {name for page in PAGES for name in re.findall(r"images/(\w+\.png)", page.read_text(encoding="utf-8"))}
     assert named == {file.name for file in (DOCS / "images").iterdir()}
     for name in named:
         assert name.replace("light", "dark") in named and name.replace("dark", "light") in named

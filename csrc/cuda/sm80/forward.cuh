@@ -23,6 +23,9 @@ struct ForwardShared {
   using Shape = ForwardShape<T, kDim, kFull>;
   Tile<T, Shape::kRows, kDim> query;
   Tile<T, Shape::kKeys, kDim> key[2], value[2];
+  // Where the results belong, for after the loop: 255 registers do not hold it beside the accumulators.
+  int64_t first_row;
+  int batch, head, queries;
 };
 
 template <class T, int kDim, bool kFull>
@@ -36,14 +39,19 @@ __global__ void __launch_bounds__(kThreads)
 
   const int64_t tiles = ceil_div(p.query_length, Shape::kRows);
   int64_t index = blockIdx.x;
-  const int64_t row = (tiles - 1 - index % tiles) * Shape::kRows;  // the longest rows of a causal mask first
+  const int row =
+      static_cast<int>((tiles - 1 - index % tiles) * Shape::kRows);  // the longest rows of a causal mask first
   index /= tiles;
   // Of 32 bits: registers are short here.
   const int head = static_cast<int>(index % p.heads), batch = static_cast<int>(index / p.heads);
   const int queries = static_cast<int>(p.queries_of(batch));
   if (row >= queries) return;  // of a packed sequence shorter than others
-  const int64_t row_end = row + Shape::kRows < queries ? row + Shape::kRows : queries;
+  const int row_end = row + Shape::kRows < queries ? row + Shape::kRows : queries;
   const int lane = lane_index(), warp_row = 16 * kM * warp_index();
+  if (threadIdx.x == 0) {
+    shared.first_row = p.first_row(batch, head);
+    shared.batch = batch, shared.head = head, shared.queries = queries;
+  }
 
   const HeadScore<float> score(p, batch, head);
   const int64_t kv_head = head / p.group_size();
@@ -65,7 +73,7 @@ __global__ void __launch_bounds__(kThreads)
     }
 
   const KeyRange range = score.band.keys_of_any(row, row_end);
-  const int64_t begin = range.begin / kKeys * kKeys;
+  const int begin = static_cast<int>(range.begin / kKeys * kKeys);
   const int steps = range.empty() ? 0 : static_cast<int>(ceil_div(range.end - begin, kKeys));
   copy_tile(shared.query, query, row);
   if (steps > 0) copy_tile(shared.key[0], key, begin);
@@ -74,7 +82,7 @@ __global__ void __launch_bounds__(kThreads)
   ptx::cp_async_commit();
 
   for (int step = 0; step < steps; ++step) {
-    const int64_t first = begin + int64_t{step} * kKeys;
+    const int first = begin + step * kKeys;
     ptx::cp_async_wait<1>();  // this step's keys, and the queries
     __syncthreads();
     if (step + 1 < steps) copy_tile(shared.key[(step + 1) % 2], key, first + kKeys);
@@ -164,11 +172,10 @@ __global__ void __launch_bounds__(kThreads)
       const float total = row_sum(sum[m][half]);
       inverse[m][half] = Softmax::inverse_sum(total) * (kFull && score.dropout_on ? score.keep_scale : 1.0f);
       const int64_t r = row + warp_row + 16 * m + 8 * half + lane / 4;
-      if (lane % 4 == 0 && r < queries)
-        static_cast<float*>(out.logsumexp)[p.first_row(batch, head) + r] =
-            Softmax::logsumexp(maximum[m][half] * unit, total);
+      if (lane % 4 == 0 && r < shared.queries)
+        static_cast<float*>(out.logsumexp)[shared.first_row + r] = Softmax::logsumexp(maximum[m][half] * unit, total);
     }
-  const Rows<T> to(out.out, batch, head, queries, p.value_dim, p.first_query(batch));
+  const Rows<T> to(out.out, shared.batch, shared.head, shared.queries, p.value_dim, p.first_query(shared.batch));
   store_rows<kM, kDim>(to, row + warp_row, 0, result, inverse, shared.query, warp_row);
 }
 
