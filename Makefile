@@ -19,7 +19,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 build: $(VENV)/.installed
 
 test: lint build
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2
 
 # All tests of the emulated CUDA kernels under AddressSanitizer and UBSan; tests/cuda_emulation/test_sanitizer.py runs
 # some of them. Without libstdc++ beside it, AddressSanitizer finds no __cxa_throw.

@@ -15,21 +15,10 @@ import torch_attn  # noqa: F401  (registers the operators)
 SESSION_SEED = int(os.environ.get("TORCH_ATTN_TEST_SEED", random.SystemRandom().randrange(2**31)))
 os.environ["TORCH_ATTN_TEST_SEED"] = str(SESSION_SEED)  # what is printed is the seed of all workers
 
-# Folders and files whose tests compile into one place, or share what takes long to make: with `pytest -n 2 --dist
-# loadgroup` one worker runs them all.
-ONE_WORKER = ("build", "examples", "distributed", "docs", "test_cpp")
-
 
 def pytest_report_header() -> str:
     isas = " ".join(torch.ops.torch_attn.cpu_isas())
     return f"torch {torch.__version__}, instruction sets {isas}; inputs drawn with TORCH_ATTN_TEST_SEED={SESSION_SEED}"
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        for place in (item.path.parent.name, item.path.stem):
-            if place in ONE_WORKER:
-                item.add_marker(pytest.mark.xdist_group(place))
 
 
 @pytest.fixture(autouse=True)

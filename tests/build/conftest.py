@@ -3,6 +3,7 @@
 The wheel reuses the objects of `make build`, so it takes seconds.
 """
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -17,7 +18,9 @@ REPOSITORY = Path(__file__).parents[2]
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps"]
-    subprocess.run([*pip, "-w", folder, REPOSITORY], check=True)
+    with open(REPOSITORY / "build" / ".wheel.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of two workers, one builds and the other waits
+        subprocess.run([*pip, "-w", folder, REPOSITORY], check=True)
     (file,) = folder.glob("*.whl")
     return file
 
