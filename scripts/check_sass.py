@@ -69,7 +69,6 @@ WIDEST_SPILL_BYTES = 32
 # These may spill a few registers, by tier, kernel and width: what the starts of packed sequences and the maps' options
 # cost beside their accumulators, of which a float64 takes two registers. All others nothing.
 MAY_SPILL = {
-    ("sm80", "all_gradients_kernel", 128): 8,
     ("sm80", "map_query_gradient_kernel", 0): 8,
     ("simt", "forward_kernel", 64): 96,
     ("simt", "query_gradient_kernel", 64): 64,

@@ -24,6 +24,7 @@ struct FusedShared {
   Tile<T, kFusedKeys, kDim> key, value;
   Pair step[2];
   Tile<T, kFusedKeys, kStep> grad_score;
+  int kv_head;  // for after the loop: a register less in it
 };
 
 // The sums of the 16 rows from `row`, a multiple of 16, on.
@@ -75,6 +76,7 @@ __global__ void __launch_bounds__(kFusedThreads)
   const Rows<T> key(p.key, batch, kv_head, p.keys_of(batch), p.head_dim, p.first_key(batch));
   const Rows<T> value(p.value, batch, kv_head, p.keys_of(batch), p.value_dim, p.first_key(batch));
   RowSteps<kStep> step(p, batch, kv_head, first, kFusedKeys);
+  if (threadIdx.x == 0) shared.kv_head = kv_head;
   const bool any_step = !step.done();
   const auto copy_step = [&](auto& pair, const RowSteps<kStep>& to) {
     const int64_t queries = p.queries_of(batch), first_query = p.first_query(batch);
@@ -128,10 +130,10 @@ __global__ void __launch_bounds__(kFusedThreads)
   const float key_scale = score_factor<kFull>(p), key_factors[1][2] = {{key_scale, key_scale}};
   const float keep_scale = value_factor<kFull>(p), value_factors[1][2] = {{keep_scale, keep_scale}};
   if (t.grad_key.defined())
-    store_rows<1, kDim>(Rows<T>(t.grad_key, batch, kv_head, p.keys_of(batch), p.head_dim, p.first_key(batch)),
+    store_rows<1, kDim>(Rows<T>(t.grad_key, batch, shared.kv_head, p.keys_of(batch), p.head_dim, p.first_key(batch)),
                         first + warp_row, 0, grad_key, key_factors, shared.key, warp_row);
   if (t.grad_value.defined())
-    store_rows<1, kDim>(Rows<T>(t.grad_value, batch, kv_head, p.keys_of(batch), p.value_dim, p.first_key(batch)),
+    store_rows<1, kDim>(Rows<T>(t.grad_value, batch, shared.kv_head, p.keys_of(batch), p.value_dim, p.first_key(batch)),
                         first + warp_row, 0, grad_value, value_factors, shared.value, warp_row);
 }
 
