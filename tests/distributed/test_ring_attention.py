@@ -23,8 +23,6 @@ from .ring_model import attend_alone, train
 
 REPOSITORY = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.xdist_group("ring")  # one start of the processes serves all tests
-
 
 class Runs:
     """What all ranks of one world size saved."""
