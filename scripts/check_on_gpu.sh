@@ -6,7 +6,7 @@
 #   scripts/check_on_gpu.sh build conformance tests   # some
 #
 # Stages, in this order: build (the library, for this GPU alone), conformance (each PTX wrapper against the emulator's
-# version), tests (tests/cuda, a process for each dtype, side by side), sanitizer (compute-sanitizer, if it is there),
+# version) and, beside it, tests (tests/cuda, a process for each part and dtype), sanitizer (compute-sanitizer, if it is there),
 # benchmark (against PyTorch's backends, into benchmarks/results/<GPU>*.json, to be committed). Each has a time limit, and
 # the next one runs also where one fails; the exit status is that of the worst. What they print is in build/gpu_check.
 #
@@ -73,19 +73,23 @@ if has build; then
   finish build
 fi
 
-if has conformance; then
-  start conformance 240 $(pytest tests/cuda/test_conformance.py)
-  finish conformance
-fi
-
 # An illegal access ends all that a process does on the GPU, so no other dtype's tests share it.
-groups=(bfloat16 float16 float32 float64)
+processes=()
+test_in_a_process() {
+  local name=$1
+  shift
+  start "$name" 240 $(pytest "$@")
+  processes+=("$name")
+}
+if has conformance; then test_in_a_process conformance tests/cuda/test_conformance.py; fi
 if has tests; then
-  for dtype in "${groups[@]}"; do start "tests_$dtype" 240 $(pytest tests/cuda/test_on_gpu.py) -k "torch.$dtype"; done
-  start tests_others 240 $(pytest tests/cuda/test_on_gpu.py) -k "not torch."
-  start tests_maps 240 $(pytest tests/cuda --ignore tests/cuda/test_on_gpu.py --ignore tests/cuda/test_conformance.py)
-  finish "${groups[@]/#/tests_}" tests_others tests_maps
+  for dtype in bfloat16 float16 float32 float64; do
+    test_in_a_process "tests_$dtype" tests/cuda/test_on_gpu.py -k "torch.$dtype"
+  done
+  test_in_a_process tests_others tests/cuda/test_on_gpu.py -k "not torch."
+  for part in maps packed selection models; do test_in_a_process "tests_$part" "tests/cuda/test_${part}_on_gpu.py"; done
 fi
+finish "${processes[@]}"
 
 if has sanitizer; then
   if sanitizer=$(command -v compute-sanitizer); then

@@ -147,7 +147,8 @@ class PackedCall(Call):
         self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         inputs = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
-        out, logsumexp, rng_state = ops.attention_forward(*inputs, **options, **self.case.places())
+        places = {n: x.to(query.device) if isinstance(x, Tensor) else x for n, x in self.case.places().items()}
+        out, logsumexp, rng_state = ops.attention_forward(*inputs, **options, **places)
         keep = None
         if (p := options.get("dropout_p", 0.0)) > 0:
             sizes = (self.case.batch, self.case.heads, *self.case.starts()[2:])
@@ -240,5 +241,5 @@ class PagedCall(Call):
     def kernel(
         self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        inputs = (query, key, value, self.block_table, self.key_lengths)
+        inputs = (query, key, value, self.block_table.to(query.device), self.key_lengths.to(query.device))
         return *ops.paged_attention_with_logsumexp(*inputs, **options, enable_gqa=True), None

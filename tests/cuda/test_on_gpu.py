@@ -34,38 +34,31 @@ def deterministic() -> Iterator[None]:
 
 
 def on_gpu(call: Call) -> Call:
-    def move(x: object) -> object:
-        return x.cuda() if isinstance(x, torch.Tensor) else x
+    return call.mapped(lambda x: x.cuda() if isinstance(x, torch.Tensor) else x)
 
-    options = {name: move(x) for name, x in call.options.items()}
-    tensors = [move(x) for x in (call.query, call.key, call.value)]
-    return Call(*tensors, options, move(call.grad_out), move(call.grad_logsumexp))
+
+def check_accurate(call: Call, *, rounds_weights: bool = False, tf32: bool = False) -> None:
+    """Runs the call on the GPU; what it is compared with is computed on the CPU."""
+    actual, keep = run_kernel(on_gpu(call))
+    keep = None if keep is None else keep.cpu()
+    assert_accurate(call, {name: x.cpu() for name, x in actual.items()}, keep, rounds_weights=rounds_weights, tf32=tf32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_error_is_within_a_small_factor_of_torch_math(case: Case, dtype: torch.dtype) -> None:
-    call = draw_call(case, dtype)
-    actual, keep = run_kernel(on_gpu(call))
-    keep = None if keep is None else keep.cpu()
-    assert_accurate(call, {name: x.cpu() for name, x in actual.items()}, keep, rounds_weights=dtype in HALF)
+    check_accurate(draw_call(case, dtype), rounds_weights=dtype in HALF)
 
 
 @pytest.mark.parametrize("case", [*TF32_WIDTHS, CASE_BY_NAME["causal_long"], CASE_BY_NAME["everything"]], ids=str)
 def test_tf32_error_is_within_a_small_factor_of_torch_math_in_tf32(case: Case, tf32: None) -> None:
-    call = draw_call(case, torch.float32)
-    actual, keep = run_kernel(on_gpu(call))
-    keep = None if keep is None else keep.cpu()
-    assert_accurate(call, {name: x.cpu() for name, x in actual.items()}, keep, rounds_weights=True, tf32=True)
+    check_accurate(draw_call(case, torch.float32), rounds_weights=True, tf32=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", DECODE_CASES, ids=str)
 def test_decoding_error_is_within_a_small_factor_of_torch_math(case: Case, dtype: torch.dtype) -> None:
-    call = draw_call(case, dtype)
-    actual, keep = run_kernel(on_gpu(call))
-    keep = None if keep is None else keep.cpu()
-    assert_accurate(call, {name: x.cpu() for name, x in actual.items()}, keep, rounds_weights=dtype in HALF)
+    check_accurate(draw_call(case, dtype), rounds_weights=dtype in HALF)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -78,7 +71,7 @@ def test_gradients_with_atomics_are_as_accurate_as_without(dtype: torch.dtype, h
     gpu = on_gpu(call)
     explanation = explain(gpu.query, gpu.key, gpu.value, backward=True, **gpu.options)
     assert "adds with atomics" in str(explanation)
-    assert_accurate(call, {name: x.cpu() for name, x in run_kernel(gpu)[0].items()}, None, rounds_weights=True)
+    check_accurate(call, rounds_weights=True)
 
 
 def test_gradients_are_the_same_in_every_run_where_that_is_asked(deterministic: None) -> None:
