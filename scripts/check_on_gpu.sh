@@ -42,7 +42,7 @@ finish() {
     [[ $status == 0 ]] || failed=1
   done
 }
-pytest() { echo "$PYTHON" -m pytest -rs -p no:cacheprovider "$@"; }
+pytest=("$PYTHON" -m pytest -rs -p no:cacheprovider)
 
 say "the machine"
 timeout 120 "$PYTHON" - <<'CHECK' || exit 1
@@ -78,7 +78,7 @@ processes=()
 test_in_a_process() {
   local name=$1
   shift
-  start "$name" 240 $(pytest "$@")
+  start "$name" 240 "${pytest[@]}" "$@"
   processes+=("$name")
 }
 if has conformance; then test_in_a_process conformance tests/cuda/test_conformance.py; fi
@@ -95,7 +95,7 @@ if has sanitizer; then
   if sanitizer=$(command -v compute-sanitizer); then
     checks=(memcheck racecheck synccheck)
     for check in "${checks[@]}"; do
-      start "$check" 150 "$sanitizer" --tool "$check" --error-exitcode 1 $(pytest tests/cuda/test_on_gpu.py) \
+      start "$check" 150 "$sanitizer" --tool "$check" --error-exitcode 1 "${pytest[@]}" tests/cuda/test_on_gpu.py \
         -k "torch.bfloat16 and (causal_bottom_right or grouped_query or everything or one_row) or tf32 and everything"
     done
     finish "${checks[@]}"
