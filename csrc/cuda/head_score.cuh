@@ -118,10 +118,15 @@ struct HeadScore {
     }
   }
 
-  // Whether the scores of these rows and keys need no test and no mask.
+  // Whether the scores of these rows and keys need no test and no mask. Rows beyond the last may be among them.
   TA_DEVICE bool unmasked(int64_t row_begin, int64_t row_end, int64_t key_begin, int64_t key_end) const {
     const KeyRange all = band.keys_of_all(row_begin, row_end);
     return !mask.data && all.begin <= key_begin && key_end <= all.end;
+  }
+  // Whether all of these rows and keys exist and, but for the mask, attend one another.
+  TA_DEVICE bool inside(int64_t row_begin, int64_t row_end, int64_t key_begin, int64_t key_end) const {
+    const KeyRange all = band.keys_of_all(row_begin, row_end);
+    return row_end <= query_length && all.begin <= key_begin && key_end <= all.end;
   }
 
   // Rows that may attend some key of [key_begin, key_end): BandMask::keys_of_any, turned around.

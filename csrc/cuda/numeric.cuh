@@ -56,6 +56,8 @@ TA_DEVICE double Math<double>::tanh(double x) {
   return ::tanh(x);
 }
 
+constexpr float kLog2E = 1.44269504088896340736f;
+
 // Sixteen bytes of whatever, moved by one instruction.
 struct alignas(16) Bits128 {
   uint32_t word[4];

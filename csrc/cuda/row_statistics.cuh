@@ -100,9 +100,10 @@ struct BackwardRow {
   Real logsumexp = static_cast<Real>(INFINITY), scale = 0, delta = 0;  // outside the query: all weights are 0
 
   TA_DEVICE Real weight(Real score) const { return Math<Real>::exp(score - logsumexp) * scale; }
+  // The same with the tensor cores' tier's exponential.
+  TA_DEVICE Real full_weight(Real score) const { return ptx::ex2_approx((score - logsumexp) * kLog2E) * scale; }
   // The same from q·k, for a score that is only scaled: factor is scale · log2(e). Half a 16-bit unit at most.
   TA_DEVICE Real plain_weight(Real dot, Real factor) const {
-    constexpr float kLog2E = 1.44269504088896340736f;
     return ptx::ex2_approx(dot * factor - logsumexp * kLog2E) * scale;
   }
 };

@@ -104,8 +104,10 @@ __global__ void __launch_bounds__(kFusedThreads)
     float x[1][kStep / 8][4] = {}, grad[1][kStep / 8][4] = {};
     multiply_transposed<1>(x, shared.key, warp_row, pair.query);
     multiply_transposed<1>(grad, shared.value, warp_row, pair.grad_out);
+    const bool tested = kFull ? !score.inside(row, row + kStep, first, first + kFusedKeys)
+                              : !score.unmasked(row, row_end, first, first + kFusedKeys);
     weights_and_gradients<kFull>(x, grad, score, BackwardRows<float>(score, t, statistics, row), first + warp_row, row,
-                                 !score.unmasked(row, row_end, first, first + kFusedKeys));
+                                 tested);
 #pragma unroll
     for (int n = 0; n < kStep / 8; ++n)
 #pragma unroll

@@ -8,7 +8,7 @@
 
 #include "../launch.h"
 #include "key_splits.h"
-#include "score_tile.cuh"
+#include "lane_scores.cuh"
 
 namespace torch_attn::cuda::sm80 {
 
@@ -131,25 +131,15 @@ __global__ void __launch_bounds__(kThreads)
     auto& stage = shared.stage[warp][step % kStages];
     float x[1][kGroups][4] = {};
     multiply_transposed<1>(x, shared.query, 0, stage.key);
-    const bool tested = !score[0].unmasked(row_begin, row_end, first, first + kKeys);
+    const bool tested =
+        kFull ? first_packed + kDecodeRows > packed_count || !score[0].inside(row_begin, row_end, first, first + kKeys)
+              : !score[0].unmasked(row_begin, row_end, first, first + kKeys);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const TileRange attended =
-          tested ? TileRange::keys_of_row(score[half], place[half].row, first, kKeys) : TileRange{0, kKeys};
+      if (kFull || tested) finish_row<kFull>(x[0], half, score[half], place[half].row, first, tested);
       float largest = maximum[half];
 #pragma unroll
-      for (int n = 0; n < kGroups; ++n)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int k = 8 * n + 2 * (lane % 4) + e;
-          float& element = x[0][n][2 * half + e];
-          if (kFull)
-            element = full_score(score[half], score[half].mod.capped(element), place[half].row, first + k,
-                                 attended.contains(k));
-          else if (!attended.contains(k))
-            element = -INFINITY;
-          largest = fmaxf(largest, element);
-        }
+      for (int n = 0; n < kGroups; ++n) largest = fmaxf(largest, fmaxf(x[0][n][2 * half], x[0][n][2 * half + 1]));
       largest = row_max(largest);
       const float safe = Softmax::safe_maximum(largest);
       const float rescale = maximum[half] == largest ? 1.0f : ptx::ex2_approx((maximum[half] - largest) * factor);

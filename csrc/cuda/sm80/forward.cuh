@@ -3,7 +3,7 @@
 #pragma once
 
 #include "../launch.h"
-#include "score_tile.cuh"
+#include "lane_scores.cuh"
 
 namespace torch_attn::cuda::sm80 {
 
@@ -90,26 +90,14 @@ __global__ void __launch_bounds__(kThreads)
 
     float x[kM][kGroups][4] = {};
     multiply_transposed<kM>(x, shared.query, warp_row, shared.key[step % 2]);
-    const bool tested = !score.unmasked(row, row_end, first, first + kKeys);
+    const bool tested = kFull ? !score.inside(row, row + Shape::kRows, first, first + kKeys)
+                              : !score.unmasked(row, row_end, first, first + kKeys);
     if (kFull || tested) {
 #pragma unroll
       for (int m = 0; m < kM; ++m)
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int64_t r = row + warp_row + 16 * m + 8 * half + lane / 4;
-          const TileRange attended = TileRange::keys_of_row(score, r, first, kKeys);
-#pragma unroll
-          for (int n = 0; n < kGroups; ++n)
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              const int k = 8 * n + 2 * (lane % 4) + e;
-              float& element = x[m][n][2 * half + e];
-              if (kFull)
-                element = full_score(score, score.mod.capped(element), r, first + k, attended.contains(k));
-              else if (!attended.contains(k))
-                element = -INFINITY;
-            }
-        }
+        for (int half = 0; half < 2; ++half)
+          finish_row<kFull>(x[m], half, score, row + warp_row + 16 * m + 8 * half + lane / 4, first, tested);
     }
 
 #pragma unroll

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "../row_statistics.cuh"
-#include "score_tile.cuh"
+#include "lane_scores.cuh"
 
 namespace torch_attn::cuda::sm80 {
 
@@ -33,48 +33,72 @@ struct RowSteps {
 
 // One warp's 16 keys from `key` on, by 8 · kGroups query rows from `row` on. x holds q·k and becomes the weights after
 // dropout, without its scale; grad holds grad_out·value and becomes the gradient of q·k, in a plain kernel without the
-// scale.
+// scale. `tested`: whether some of these rows and keys do not exist or attend one another.
 template <bool kFull, int kGroups>
 TA_DEVICE void weights_and_gradients(float (&x)[1][kGroups][4], float (&grad)[1][kGroups][4],
                                      const HeadScore<float>& score, const BackwardRows<float>& rows, int64_t key,
                                      int64_t row, bool tested) {
-  constexpr int kRows = 8 * kGroups;
-  const int lane = lane_index();
-  const float factor = score.mod.scale * kLog2E;
-  TileRange attended[2];
+  constexpr int kCount = 2 * kGroups;
+  const int64_t lane_key = key + lane_index() / 4;
+  if constexpr (!kFull) {
+    const float factor = score.mod.scale * kLog2E;
+    if (tested) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half)
-    attended[half] =
-        tested ? TileRange::rows_of_key(score, key + 8 * half + lane / 4, row, kRows) : TileRange{0, kRows};
+      for (int half = 0; half < 2; ++half)
+        forget_unattended(x[0], grad[0], half, TileRange::rows_of_key(score, lane_key + 8 * half, row, 8 * kGroups));
+    }
 #pragma unroll
-  for (int n = 0; n < kGroups; ++n) {
-    uint32_t kept = ~0u;
-    if (kFull && score.dropout_on) kept = kept_of_key_rows(score, key, row + 8 * n);
-    float weight[4];  // [half: key][e: query row]
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int r = 8 * n + 2 * (lane % 4) + e;
-      const BackwardRow<float> stats = rows[r];
+    for (int i = 0; i < kCount; ++i) {
+      const BackwardRow<float> stats = rows[column_of_lane(i)];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int64_t k = key + 8 * half + lane / 4;
-        const int i = 2 * half + e;
-        const bool is_attended = attended[half].contains(r);
-        float& gradient = grad[0][n][i];
-        if (kFull) {
-          const float capped = score.mod.capped(x[0][n][i]);
-          weight[i] = stats.weight(full_score(score, capped, row + r, k, is_attended));
-          gradient =
-              weight[i] * (score.dropped(gradient, kept >> i & 1) - stats.delta) * score.mod.capped_derivative(capped);
-          if (!(kept >> i & 1)) weight[i] = 0;
-        } else {
-          weight[i] = is_attended ? stats.plain_weight(x[0][n][i], factor) : 0.0f;
-          gradient = weight[i] * (gradient - stats.delta);
+        float& weight = x[0][i / 2][2 * half + i % 2];
+        float& gradient = grad[0][i / 2][2 * half + i % 2];
+        weight = stats.plain_weight(weight, factor);
+        gradient = weight * (gradient - stats.delta);
+      }
+    }
+  } else {
+    static_assert(kGroups <= 8, "four bits of a group");
+    uint32_t kept = 0;
+    if (score.dropout_on) {
+#pragma unroll
+      for (int n = 0; n < kGroups; ++n) {
+        kept |= kept_of_key_rows(score, key, row + 8 * n) << 4 * n;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) grad[0][n][e] = kept >> (4 * n + e) & 1 ? grad[0][n][e] * score.keep_scale : 0.0f;
+      }
+    }
+    constexpr int kPart = 4;  // groups at once: with eight, these arrays cost forty spilled registers
+#pragma unroll
+    for (int first = 0; first < kGroups; first += kPart) {
+      auto& x_part = reinterpret_cast<float (&)[kPart][4]>(x[0][first]);
+      auto& grad_part = reinterpret_cast<float (&)[kPart][4]>(grad[0][first]);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float scores[2 * kPart], grad_scores[2 * kPart];
+        scores_of_key(scores, x_part, half, score, lane_key + 8 * half, row + 8 * first, tested);
+#pragma unroll
+        for (int i = 0; i < 2 * kPart; ++i) {
+          const BackwardRow<float> stats = rows[8 * first + column_of_lane(i)];
+          scores[i] = stats.full_weight(scores[i]);
+          grad_scores[i] = scores[i] * (grad_part[i / 2][2 * half + i % 2] - stats.delta);
+        }
+        to_gradients_of_products(x_part, half, grad_scores, score.mod);
+#pragma unroll
+        for (int i = 0; i < 2 * kPart; ++i) {
+          grad_part[i / 2][2 * half + i % 2] = x_part[i / 2][2 * half + i % 2];
+          x_part[i / 2][2 * half + i % 2] = scores[i];
         }
       }
     }
+    if (score.dropout_on) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) x[0][n][i] = weight[i];
+      for (int n = 0; n < kGroups; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          if (!(kept >> (4 * n + e) & 1)) x[0][n][e] = 0;
+    }
   }
 }
 

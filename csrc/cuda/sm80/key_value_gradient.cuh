@@ -60,8 +60,10 @@ __global__ void __launch_bounds__(kThreads)
     float x[1][kStep / 8][4] = {}, grad[1][kStep / 8][4] = {};
     multiply_transposed<1>(x, shared.dots, warp_row, pair.dots);
     multiply_transposed<1>(grad, shared.grads, warp_row, pair.grads);
+    const bool tested = kFull ? !score.inside(row, row + kStep, first, first + Shape::kRows)
+                              : !score.unmasked(row, row_end, first, first + Shape::kRows);
     weights_and_gradients<kFull>(x, grad, score, BackwardRows<float>(score, t, statistics, row), first + warp_row, row,
-                                 !score.unmasked(row, row_end, first, first + Shape::kRows));
+                                 tested);
     if (t.grad_value.defined()) multiply<1, kColumns>(grad_value, x, pair.grads, column);
     if (t.grad_key.defined()) multiply<1, kColumns>(grad_key, grad, pair.dots, column);
   }

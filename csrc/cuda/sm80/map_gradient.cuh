@@ -76,13 +76,13 @@ __global__ void __launch_bounds__(kThreads)
     if (step + 1 < steps.count) key_tile.copy(key, first + kMapTile);
     ptx::cp_async_commit();
 
-    const bool tested = !score.unmasked(row, block.row_end, first, first + kMapTile);
+    const bool tested = !score.inside(row, row + kMapTile, first, first + kMapTile);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int r = warp_row + lane / 4 + 8 * half;
       const BackwardRow<float> stats = rows[r];
       float scores[kMapLaneKeys], gradient[kMapLaneKeys] = {}, of_tile = 0;
-      scores_of_row(scores, x, half, score, row + r, first, tested);
+      scores_of_row(scores, x[0], half, score, row + r, first, tested);
       source.add_unknown(gradient, row + r, LaneKeys{first});
 #pragma unroll
       for (int i = 0; i < kMapLaneKeys; ++i) of_tile += gradient[i] * stats.weight(scores[i]);
@@ -154,12 +154,12 @@ __global__ void __launch_bounds__(kThreads)
 
     MapAccumulators x = {};
     multiply_chunks(x, query_tile, warp_row, key_tile);
-    const bool tested = !score.unmasked(row, block.row_end, first, first + kMapTile);
+    const bool tested = !score.inside(row, row + kMapTile, first, first + kMapTile);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int r = warp_row + lane / 4 + 8 * half;
       float scores[kMapLaneKeys], gradient[kMapLaneKeys];
-      scores_of_row(scores, x, half, score, row + r, first, tested);
+      scores_of_row(scores, x[0], half, score, row + r, first, tested);
       source.of_scores(gradient, score, rows[r], row + r, LaneKeys{first}, scores);
       const float to_first = static_cast<float>(first - score.band.position(row + r));
 #pragma unroll
@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(kThreads)
 
   float result[kChunks][1][kMapGroups][4] = {};
   for (int buffer = 0; !step.done(); buffer ^= 1) {
-    const int64_t row = step.row, row_end = row + kMapTile < p.query_length ? row + kMapTile : p.query_length;
+    const int64_t row = step.row;
     const MapScore<float> score(p, batch, step.head);
     const WeightGradients<T> source(p, t, batch, step.head);
     const BackwardRows<float> rows(p, t, statistics, score.batch_head, row);
@@ -228,10 +228,11 @@ __global__ void __launch_bounds__(kThreads)
 
     MapAccumulators x = {};
     multiply_chunks(x, key_tile, warp_row, query_tile);
-    const bool tested = !score.unmasked(row, row_end, first, first + kMapTile);
+    const bool tested = !score.inside(row, row + kMapTile, first, first + kMapTile);
     float scores[2][kMapLaneKeys];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) scores_of_key(scores[half], x, half, score, lane_key + 8 * half, row, tested);
+    for (int half = 0; half < 2; ++half)
+      scores_of_selected_rows(scores[half], x, half, score, lane_key + 8 * half, row, tested);
 #pragma unroll
     for (int i = 0; i < kMapLaneKeys; ++i) {
       const int r = column_of_lane(i);

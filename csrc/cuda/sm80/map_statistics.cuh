@@ -78,12 +78,12 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (step + 1 < steps.count) key_tile.copy(key, first + kMapTile);
     ptx::cp_async_commit();
 
-    const bool tested = !score.unmasked(row, row_end, first, first + kMapTile);
+    const bool tested = !score.inside(row, row + kMapTile, first, first + kMapTile);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t r = row + tile_row + 8 * half;
       float scores[kMapLaneKeys];
-      scores_of_row(scores, x, half, score, r, first, tested);
+      scores_of_row(scores, x[0], half, score, r, first, tested);
       float highest = maximum[half];
 #pragma unroll
       for (int i = 0; i < kMapLaneKeys; ++i)
@@ -157,13 +157,12 @@ __global__ void __launch_bounds__(kThreads)
     if (row + kMapTile < range.end) query_tile.copy(query, row + kMapTile);
     ptx::cp_async_commit();
 
-    const int64_t row_end = row + kMapTile < p.query_length ? row + kMapTile : p.query_length;
-    const bool tested = !score.unmasked(row, row_end, first, first + kMapTile);
+    const bool tested = !score.inside(row, row + kMapTile, first, first + kMapTile);
     const WeightRows<float> rows(p, out.logsumexp, weight_scale, score.batch_head, row);
     float scores[2][kMapLaneKeys], of_tile[2] = {};  // apart, so that a long sum loses fewer digits
 #pragma unroll
     for (int half = 0; half < 2; ++half)
-      scores_of_key(scores[half], x, half, score, first + tile_key + 8 * half, row, tested);
+      scores_of_selected_rows(scores[half], x, half, score, first + tile_key + 8 * half, row, tested);
 #pragma unroll
     for (int i = 0; i < kMapLaneKeys; ++i) {
       const BackwardRow<float> stats = rows[column_of_lane(i)];

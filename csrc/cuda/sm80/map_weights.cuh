@@ -48,13 +48,13 @@ __global__ void __launch_bounds__(kThreads)
 
     const MapScore<float> score(p, batch, head);
     const WeightRows<float> rows(p, out.logsumexp, weight_scale, score.batch_head, row);
-    const bool tested = !score.unmasked(row, row_end, first, first + kMapTile);
+    const bool tested = !score.inside(row, row + kMapTile, first, first + kMapTile);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int r = warp_row + lane / 4 + 8 * half;
       const BackwardRow<float> stats = rows[r];
       float scores[kMapLaneKeys];
-      scores_of_row(scores, x, half, score, row + r, first, tested);
+      scores_of_row(scores, x[0], half, score, row + r, first, tested);
 #pragma unroll
       for (int i = 0; i < kMapLaneKeys; ++i) sum[0][i / 2][2 * half + i % 2] += stats.weight(scores[i]);
     }

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "../row_statistics.cuh"
-#include "score_tile.cuh"
+#include "lane_scores.cuh"
 
 namespace torch_attn::cuda::sm80 {
 
@@ -82,30 +82,44 @@ __global__ void __launch_bounds__(kThreads)
     float x[1][kGroups][4] = {}, grad[1][kGroups][4] = {};
     multiply_transposed<1>(x, shared.dots, warp_row, shared.step[step % 2].dots);
     multiply_transposed<1>(grad, shared.grads, warp_row, shared.step[step % 2].grads);
-    const bool tested = !score.unmasked(row, row_end, first, first + Shape::kStep);
-    TileRange attended[2];
+    if constexpr (kFull) {
+      if (score.dropout_on) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-      attended[half] = tested ? TileRange::keys_of_row(score, row + warp_row + 8 * half + lane / 4, first, Shape::kStep)
-                              : TileRange{0, Shape::kStep};
+        for (int n = 0; n < kGroups; ++n) {
+          const uint32_t kept = kept_of_query_rows(score, row + warp_row, first + 8 * n);
 #pragma unroll
-    for (int n = 0; n < kGroups; ++n) {
-      uint32_t kept = ~0u;
-      if (kFull && score.dropout_on) kept = kept_of_query_rows(score, row + warp_row, first + 8 * n);
+          for (int e = 0; e < 4; ++e) grad[0][n][e] = kept >> e & 1 ? grad[0][n][e] * score.keep_scale : 0.0f;
+        }
+      }
+      const bool tested = !score.inside(row, row + Shape::kRows, first, first + Shape::kStep);
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int half = e / 2, k = 8 * n + 2 * (lane % 4) + e % 2;
-        const bool is_attended = attended[half].contains(k);
-        float& element = x[0][n][e];
-        if (kFull) {
-          const int64_t r = row + warp_row + 8 * half + lane / 4;
-          const float capped = score.mod.capped(element);
-          const float weight = rows[half].weight(full_score(score, capped, r, first + k, is_attended));
-          const float grad_score = weight * (score.dropped(grad[0][n][e], kept >> e & 1) - rows[half].delta);
-          if (t.grad_alibi_slopes) grad_slope[half] += grad_score * score.alibi_derivative(r, first + k);
-          element = grad_score * score.mod.capped_derivative(capped);
-        } else {
-          element = is_attended ? rows[half].plain_weight(element, factor) * (grad[0][n][e] - rows[half].delta) : 0.0f;
+      for (int half = 0; half < 2; ++half) {
+        const int64_t r = row + warp_row + 8 * half + lane / 4;
+        float scores[2 * kGroups];
+        scores_of_row(scores, x[0], half, score, r, first, tested);
+#pragma unroll
+        for (int i = 0; i < 2 * kGroups; ++i)
+          scores[i] = rows[half].full_weight(scores[i]) * (grad[0][i / 2][2 * half + i % 2] - rows[half].delta);
+        if (t.grad_alibi_slopes) {
+          const float to_first = static_cast<float>(first - score.band.position(r));
+#pragma unroll
+          for (int i = 0; i < 2 * kGroups; ++i)
+            grad_slope[half] +=
+                scores[i] * ScoreMod<Math<float>>::alibi_derivative(to_first + static_cast<float>(column_of_lane(i)));
+        }
+        to_gradients_of_products(x[0], half, scores, score.mod);
+      }
+    } else {
+      const bool tested = !score.unmasked(row, row_end, first, first + Shape::kStep);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (tested)
+          forget_unattended(x[0], grad[0], half,
+                            TileRange::keys_of_row(score, row + warp_row + 8 * half + lane / 4, first, Shape::kStep));
+#pragma unroll
+        for (int i = 0; i < 2 * kGroups; ++i) {
+          float& element = x[0][i / 2][2 * half + i % 2];
+          element = rows[half].plain_weight(element, factor) * (grad[0][i / 2][2 * half + i % 2] - rows[half].delta);
         }
       }
     }

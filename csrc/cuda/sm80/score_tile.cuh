@@ -1,5 +1,5 @@
-// From q·k in accumulators to scores, and the dropout bits of accumulators: where the layout of mma meets
-// head_score.cuh.
+// Which of a tile's rows and keys attend, and the dropout bits of accumulators: where the layout of mma meets
+// head_score.cuh. What else a score is made of is lane_scores.cuh's.
 //
 // Kernels come in two kinds. Plain ones serve scaled scores with a band mask (causal, windows, key lengths) and leave
 // the scale to the exponential; full ones apply softcap, ALiBi, attn_mask and dropout as well, and read paged caches.
@@ -8,8 +8,6 @@
 #include "tile.cuh"
 
 namespace torch_attn::cuda::sm80 {
-
-constexpr float kLog2E = 1.44269504088896340736f;
 
 template <class T, bool kFull>
 using KeysOf = std::conditional_t<kFull, KeyRows<T>, Rows<T>>;
@@ -41,12 +39,17 @@ struct TileRange {
   TA_DEVICE static int clamp(int64_t x, int size) { return x < 0 ? 0 : x > size ? size : static_cast<int>(x); }
 };
 
-// One element of a full kernel: the score, from the already capped q·k.
-TA_DEVICE float full_score(const HeadScore<float>& score, float capped, int64_t row, int64_t key, bool attended) {
-  if (!attended) return -INFINITY;
-  float result = capped;
-  if (score.mod.slope != 0) result += score.mod.slope * score.alibi_derivative(row, key);
-  return score.mask.data ? result + score.mask.bias<float>(row, key) : result;
+// Where a plain kernel's tile is tested: what a row (key) does not attend (by) has a weight and a gradient of 0,
+// whatever values, NaN even, it met.
+template <int kGroups>
+TA_DEVICE void forget_unattended(float (&x)[kGroups][4], float (&grad)[kGroups][4], int half,
+                                 const TileRange& attended) {
+#pragma unroll
+  for (int i = 0; i < 2 * kGroups; ++i)
+    if (!attended.contains(column_of_lane(i))) {
+      x[i / 2][2 * half + i % 2] = -INFINITY;
+      grad[i / 2][2 * half + i % 2] = 0;
+    }
 }
 
 // Dropout bits of one accumulator fragment whose rows are queries and columns keys: bit 2 · half + e for element

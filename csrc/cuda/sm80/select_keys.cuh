@@ -4,7 +4,7 @@
 
 #include "../choice.cuh"
 #include "../launch.h"
-#include "score_tile.cuh"
+#include "lane_scores.cuh"
 #include "selection_variants.h"
 
 namespace torch_attn::cuda::sm80 {
@@ -92,19 +92,15 @@ __global__ void __launch_bounds__(kThreads)
 
     float x[1][kSelectKeys / 8][4] = {};
     multiply_transposed<1>(x, shared.query, 16 * warp_index(), shared.key[step % 2]);
+    const bool tested = !score.inside(row, row + kSelectRows, first, first + kSelectKeys);
     float s[2][kLaneKeys], rescale[2], group_sums[2][2];  // [half], [half][group]
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t r = row + tile_row + 8 * half;
-      const TileRange attended = TileRange::keys_of_row(score, r, first, kSelectKeys);
+      scores_of_row(s[half], x[0], half, score, r, first, tested);
       float largest = maximum[half];
 #pragma unroll
-      for (int i = 0; i < kLaneKeys; ++i) {
-        const int k = column_of_lane(i);
-        s[half][i] =
-            full_score(score, score.mod.capped(x[0][i / 2][2 * half + i % 2]), r, first + k, attended.contains(k));
-        largest = fmaxf(largest, s[half][i]);
-      }
+      for (int i = 0; i < kLaneKeys; ++i) largest = fmaxf(largest, s[half][i]);
       largest = row_max(largest);
       const float safe = Softmax::safe_maximum(largest), shift = sum[half] == 0 ? 0.0f : maximum[half] - largest;
       float partial[2] = {}, weighted = 0;
