@@ -12,7 +12,7 @@ namespace torch_attn::cuda {
 
 // attn_mask of one (batch, head): what it adds to the score of (row, key).
 struct HeadMask {
-  const unsigned char* data;  // null: no mask
+  const unsigned char* data;  // null: no mask, whose strides are 0. Never chosen by a branch: loads stay global ones
   int64_t row_stride, key_stride;
   ScalarType dtype;
 
@@ -98,7 +98,9 @@ struct HeadScore {
   TA_DEVICE HeadScore(const AttentionProblem& p, int64_t batch, int64_t head)
       : band(band_mask(p, batch)),
         mod{static_cast<Real>(p.scale), static_cast<Real>(p.softcap), 0},
-        mask{nullptr, p.attn_mask.stride[2], p.attn_mask.stride[3], p.attn_mask.dtype},
+        mask{static_cast<const unsigned char*>(p.attn_mask.data) +
+                 (batch * p.attn_mask.stride[0] + head * p.attn_mask.stride[1]) * element_size(p.attn_mask.dtype),
+             p.attn_mask.stride[2], p.attn_mask.stride[3], p.attn_mask.dtype},
         dropout_on(p.dropout_p > 0),
         keep_scale(static_cast<Real>(Dropout::keep_scale(p.dropout_p))),
         dropout{},
@@ -109,24 +111,24 @@ struct HeadScore {
     const int64_t keys = p.keys_of(batch);
     if (band.key_length > keys) band.key_length = keys;  // key_lengths on a GPU is not checked before
     if (p.alibi_slopes.defined()) mod.slope = per_head<Real>(p.alibi_slopes, batch, head);
-    if (p.attn_mask.defined())
-      mask.data = static_cast<const unsigned char*>(p.attn_mask.data) +
-                  (batch * p.attn_mask.stride[0] + head * p.attn_mask.stride[1]) * element_size(p.attn_mask.dtype);
     if (dropout_on) {
       dropout = make_dropout(p);
       dropout_head = dropout_batch_head(p, batch, head);
     }
   }
 
-  // Whether the scores of these rows and keys need no test and no mask. Rows beyond the last may be among them.
-  TA_DEVICE bool unmasked(int64_t row_begin, int64_t row_end, int64_t key_begin, int64_t key_end) const {
+  // Whether all of these rows, should they exist, attend all of these keys, but for the mask.
+  TA_DEVICE bool covered(int64_t row_begin, int64_t row_end, int64_t key_begin, int64_t key_end) const {
     const KeyRange all = band.keys_of_all(row_begin, row_end);
-    return !mask.data && all.begin <= key_begin && key_end <= all.end;
+    return all.begin <= key_begin && key_end <= all.end;
   }
-  // Whether all of these rows and keys exist and, but for the mask, attend one another.
+  // Whether they need neither a test nor the mask.
+  TA_DEVICE bool unmasked(int64_t row_begin, int64_t row_end, int64_t key_begin, int64_t key_end) const {
+    return !mask.data && covered(row_begin, row_end, key_begin, key_end);
+  }
+  // Whether they all exist, too, so that the mask can be read without a test.
   TA_DEVICE bool inside(int64_t row_begin, int64_t row_end, int64_t key_begin, int64_t key_end) const {
-    const KeyRange all = band.keys_of_all(row_begin, row_end);
-    return row_end <= query_length && all.begin <= key_begin && key_end <= all.end;
+    return row_end <= query_length && covered(row_begin, row_end, key_begin, key_end);
   }
 
   // Rows that may attend some key of [key_begin, key_end): BandMask::keys_of_any, turned around.

@@ -105,16 +105,19 @@ __global__ void __launch_bounds__(kFusedThreads)
     multiply_transposed<1>(x, shared.key, warp_row, pair.query);
     multiply_transposed<1>(grad, shared.value, warp_row, pair.grad_out);
     const bool tested = kFull ? !score.inside(row, row + kStep, first, first + kFusedKeys)
-                              : !score.unmasked(row, row_end, first, first + kFusedKeys);
+                              : !score.covered(row, row_end, first, first + kFusedKeys);
     weights_and_gradients<kFull>(x, grad, score, BackwardRows<float>(score, t, statistics, row), first + warp_row, row,
                                  tested);
+    if (t.grad_value.defined()) multiply<1, kDim>(grad_value, x, pair.grad_out, 0);
+    if (kFull)
+      to_gradients_of_products(
+          grad, score.mod, [&](auto& products) { multiply_transposed<1>(products, shared.key, warp_row, pair.query); });
 #pragma unroll
     for (int n = 0; n < kStep / 8; ++n)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
         store_pair(shared.grad_score.piece(warp_row + 8 * half + lane / 4, 8 * n) + 2 * (lane % 4),
                    grad[0][n][2 * half], grad[0][n][2 * half + 1]);
-    if (t.grad_value.defined()) multiply<1, kDim>(grad_value, x, pair.grad_out, 0);
     if (t.grad_key.defined()) multiply<1, kDim>(grad_key, grad, pair.query, 0);
 
     __syncthreads();  // grad_score is whole

@@ -133,10 +133,20 @@ __global__ void __launch_bounds__(kThreads)
     multiply_transposed<1>(x, shared.query, 0, stage.key);
     const bool tested =
         kFull ? first_packed + kDecodeRows > packed_count || !score[0].inside(row_begin, row_end, first, first + kKeys)
-              : !score[0].unmasked(row_begin, row_end, first, first + kKeys);
+              : !score[0].covered(row_begin, row_end, first, first + kKeys);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      if (kFull || tested) finish_row<kFull>(x[0], half, score[half], place[half].row, first, tested);
+      if constexpr (kFull) {
+        float scores[1][2 * kGroups];
+#pragma unroll
+        for (int i = 0; i < 2 * kGroups; ++i) scores[0][i] = x[0][i / 2][2 * half + i % 2];
+        cap_scores(scores, score[half].mod);
+        QueryRows<1, 2 * kGroups>(score[half], place[half].row, first, tested).finish(scores, {});
+#pragma unroll
+        for (int i = 0; i < 2 * kGroups; ++i) x[0][i / 2][2 * half + i % 2] = scores[0][i];
+      } else if (tested) {
+        set_unattended(x[0], half, TileRange::keys_of_row(score[half], place[half].row, first, kKeys), -INFINITY);
+      }
       float largest = maximum[half];
 #pragma unroll
       for (int n = 0; n < kGroups; ++n) largest = fmaxf(largest, fmaxf(x[0][n][2 * half], x[0][n][2 * half + 1]));

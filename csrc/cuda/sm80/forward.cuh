@@ -88,16 +88,28 @@ __global__ void __launch_bounds__(kThreads)
     if (step + 1 < steps) copy_tile(shared.key[(step + 1) % 2], key, first + kKeys);
     ptx::cp_async_commit();
 
+    const bool tested = kFull ? !score.inside(row, row + Shape::kRows, first, first + kKeys)
+                              : !score.covered(row, row_end, first, first + kKeys);
+    const auto lane_rows = [&] {
+      return QueryRows<2 * kM, 2 * kGroups>(score, row + warp_row + lane / 4, first, tested);
+    };
+    BoolRows<2 * kM, 2 * kGroups> bool_rows;
+    if constexpr (kFull) bool_rows = lane_rows().bool_rows();  // under way during the product
     float x[kM][kGroups][4] = {};
     multiply_transposed<kM>(x, shared.query, warp_row, shared.key[step % 2]);
-    const bool tested = kFull ? !score.inside(row, row + Shape::kRows, first, first + kKeys)
-                              : !score.unmasked(row, row_end, first, first + kKeys);
-    if (kFull || tested) {
+    if constexpr (kFull) {
+      as_rows(x, [&](auto& scores) {
+        cap_scores(scores, score.mod);
+        lane_rows().finish(scores, bool_rows);
+      });
+    } else if (tested) {
 #pragma unroll
       for (int m = 0; m < kM; ++m)
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-          finish_row<kFull>(x[m], half, score, row + warp_row + 16 * m + 8 * half + lane / 4, first, tested);
+        for (int half = 0; half < 2; ++half) {
+          const int64_t r = row + warp_row + 16 * m + 8 * half + lane / 4;
+          set_unattended(x[m], half, TileRange::keys_of_row(score, r, first, kKeys), -INFINITY);
+        }
     }
 
 #pragma unroll

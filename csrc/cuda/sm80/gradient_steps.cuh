@@ -32,8 +32,8 @@ struct RowSteps {
 };
 
 // One warp's 16 keys from `key` on, by 8 · kGroups query rows from `row` on. x holds q·k and becomes the weights after
-// dropout, without its scale; grad holds grad_out·value and becomes the gradient of q·k, in a plain kernel without the
-// scale. `tested`: whether some of these rows and keys do not exist or attend one another.
+// dropout, without its scale; grad holds grad_out·value and becomes the gradient of the capped scores: of q·k, in a
+// plain kernel without the scale. `tested`: whether some of these rows and keys do not exist or attend one another.
 template <bool kFull, int kGroups>
 TA_DEVICE void weights_and_gradients(float (&x)[1][kGroups][4], float (&grad)[1][kGroups][4],
                                      const HeadScore<float>& score, const BackwardRows<float>& rows, int64_t key,
@@ -44,8 +44,11 @@ TA_DEVICE void weights_and_gradients(float (&x)[1][kGroups][4], float (&grad)[1]
     const float factor = score.mod.scale * kLog2E;
     if (tested) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-        forget_unattended(x[0], grad[0], half, TileRange::rows_of_key(score, lane_key + 8 * half, row, 8 * kGroups));
+      for (int half = 0; half < 2; ++half) {
+        const TileRange attending = TileRange::rows_of_key(score, lane_key + 8 * half, row, 8 * kGroups);
+        set_unattended(x[0], half, attending, -INFINITY);
+        set_unattended(grad[0], half, attending, 0);  // whatever values, NaN even, were met there
+      }
     }
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
@@ -69,29 +72,20 @@ TA_DEVICE void weights_and_gradients(float (&x)[1][kGroups][4], float (&grad)[1]
         for (int e = 0; e < 4; ++e) grad[0][n][e] = kept >> (4 * n + e) & 1 ? grad[0][n][e] * score.keep_scale : 0.0f;
       }
     }
-    constexpr int kPart = 4;  // groups at once: with eight, these arrays cost forty spilled registers
+    as_rows(x, [&](auto& scores) {
+      cap_scores(scores, score.mod);
+      finish_scores_of_keys(scores, score, lane_key, row, tested);
 #pragma unroll
-    for (int first = 0; first < kGroups; first += kPart) {
-      auto& x_part = reinterpret_cast<float (&)[kPart][4]>(x[0][first]);
-      auto& grad_part = reinterpret_cast<float (&)[kPart][4]>(grad[0][first]);
+      for (int i = 0; i < kCount; ++i) {
+        const BackwardRow<float> stats = rows[column_of_lane(i)];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float scores[2 * kPart], grad_scores[2 * kPart];
-        scores_of_key(scores, x_part, half, score, lane_key + 8 * half, row + 8 * first, tested);
-#pragma unroll
-        for (int i = 0; i < 2 * kPart; ++i) {
-          const BackwardRow<float> stats = rows[8 * first + column_of_lane(i)];
-          scores[i] = stats.full_weight(scores[i]);
-          grad_scores[i] = scores[i] * (grad_part[i / 2][2 * half + i % 2] - stats.delta);
-        }
-        to_gradients_of_products(x_part, half, grad_scores, score.mod);
-#pragma unroll
-        for (int i = 0; i < 2 * kPart; ++i) {
-          grad_part[i / 2][2 * half + i % 2] = x_part[i / 2][2 * half + i % 2];
-          x_part[i / 2][2 * half + i % 2] = scores[i];
+        for (int half = 0; half < 2; ++half) {
+          float& gradient = grad[0][i / 2][2 * half + i % 2];
+          scores[half][i] = stats.full_weight(scores[half][i]);
+          gradient = scores[half][i] * (gradient - stats.delta);
         }
       }
-    }
+    });
     if (score.dropout_on) {
 #pragma unroll
       for (int n = 0; n < kGroups; ++n)

@@ -61,10 +61,13 @@ __global__ void __launch_bounds__(kThreads)
     multiply_transposed<1>(x, shared.dots, warp_row, pair.dots);
     multiply_transposed<1>(grad, shared.grads, warp_row, pair.grads);
     const bool tested = kFull ? !score.inside(row, row + kStep, first, first + Shape::kRows)
-                              : !score.unmasked(row, row_end, first, first + Shape::kRows);
+                              : !score.covered(row, row_end, first, first + Shape::kRows);
     weights_and_gradients<kFull>(x, grad, score, BackwardRows<float>(score, t, statistics, row), first + warp_row, row,
                                  tested);
     if (t.grad_value.defined()) multiply<1, kColumns>(grad_value, x, pair.grads, column);
+    if (kFull)
+      to_gradients_of_products(
+          grad, score.mod, [&](auto& products) { multiply_transposed<1>(products, shared.dots, warp_row, pair.dots); });
     if (t.grad_key.defined()) multiply<1, kColumns>(grad_key, grad, pair.dots, column);
   }
 

@@ -1,20 +1,23 @@
 // What a full kernel does to q·k in accumulators: softcap, ALiBi, attn_mask, and −∞ where nothing is attended. Used by
 // the kernels of attention, its maps and hard attention.
 //
-// A lane's elements of one accumulator row are finished together, option by option, so that the whole block takes each
-// branch and the loads of a mask are under way at once. Asked for every element instead, options that were off took
-// three quarters of the forward pass.
+// All of a lane's elements are finished together, option by option, so that the whole block takes each branch and the
+// loads of a mask are under way at once. Asked for every element instead, options that were off took three quarters of
+// the forward pass.
+//
+// scores[r][i] is element i of the lane's accumulator row r: column column_of_lane(i) of the tile.
 #pragma once
 
 #include "score_tile.cuh"
 
 namespace torch_attn::cuda::sm80 {
 
-// Whether a block may read a row of a boolean mask kBytes at a time.
-template <int kBytes>
-TA_DEVICE bool has_aligned_rows(const HeadMask& mask) {
-  return (reinterpret_cast<uintptr_t>(mask.data) | static_cast<uintptr_t>(mask.row_stride)) % kBytes == 0;
-}
+// Where attn_mask's numbers for a lane's scores lie: element (r, i) is number column_of_lane(i) of `stride` from
+// index[r] on.
+template <int kRows>
+struct MaskPlaces {
+  int64_t index[kRows], stride;
+};
 
 // Bit i: byte i of the word is not 0.
 TA_DEVICE uint32_t nonzero_bytes(uint32_t word) {
@@ -24,65 +27,81 @@ TA_DEVICE uint32_t nonzero_bytes(uint32_t word) {
   return (word & 0x01010101u) * 0x10204080u >> 28;
 }
 
-// A boolean mask's 4 · kCount bytes of one row, of which each of the four lanes that share the row reads a quarter.
-// Bit 8 · (n % 4) + e of word n / 4: the lane's element (n, e) is attended.
-template <int kCount>
-TA_DEVICE void attended_bits(uint32_t (&bits)[kCount / 8], const unsigned char* row) {
-  static_assert(kCount == 8 || kCount == 16, "");
-  constexpr int kWords = kCount / 4;
-  struct alignas(kCount) Quarter {
-    uint32_t word[kWords];
+// A boolean mask's rows of a tile, of which each of the four lanes that share a row reads a quarter: what can be asked
+// for before the scores are there. `loaded`: the same for the whole block.
+template <int kRows, int kCount>
+struct BoolRows {
+  static constexpr bool kServed = kCount == 8 || kCount == 16;
+  struct alignas(kServed ? kCount : 4) Quarter {
+    uint32_t word[kCount / 4];
   };
-  const int quarter = lane_index() % 4;
-  const Quarter mine = *reinterpret_cast<const Quarter*>(row + quarter * kCount);
-  uint32_t own = 0;
-#pragma unroll
-  for (int i = 0; i < kWords; ++i) own |= nonzero_bytes(mine.word[i]) << 4 * i;
-  own <<= kCount * quarter % 32;
-  own |= __shfl_xor_sync(~0u, own, 1);
-  const uint32_t other = __shfl_xor_sync(~0u, own, 2);
-  if constexpr (kCount == 8) {
-    bits[0] = (own | other) >> 2 * quarter;
-  } else {
-    bits[0] = (quarter < 2 ? own : other) >> 2 * quarter;
-    bits[1] = (quarter < 2 ? other : own) >> 2 * quarter;
-  }
-}
+  Quarter quarter[kRows];
+  bool loaded = false;
 
-// Adds attn_mask to a lane's scores: element i is number column_of_lane(i) of `stride` from `index` on. Only what
-// contains(i) says is attended is read, where it is `tested`.
-template <int kCount, class Contains>
-TA_DEVICE void add_mask(float (&scores)[kCount], const HeadMask& mask, int64_t index, int64_t stride, bool tested,
-                        const Contains& contains) {
+  TA_DEVICE BoolRows() {}
+  // tested: false where all of the tile's rows and keys exist.
+  TA_DEVICE BoolRows(const HeadMask& mask, const MaskPlaces<kRows>& places, bool tested) {
+    if (!kServed || !mask.data || mask.dtype != ScalarType::kBool || places.stride != 1 || tested) return;
+    if ((reinterpret_cast<uintptr_t>(mask.data) | static_cast<uintptr_t>(mask.row_stride)) % kCount != 0) return;
+    loaded = true;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+      quarter[r] = *reinterpret_cast<const Quarter*>(mask.data + places.index[r] + lane_index() % 4 * kCount);
+  }
+
+  TA_DEVICE void apply(float (&scores)[kRows][kCount]) const {
+    const int mine = lane_index() % 4;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      uint32_t own = 0;
+#pragma unroll
+      for (int i = 0; i < kCount / 4; ++i) own |= nonzero_bytes(quarter[r].word[i]) << 4 * i;
+      own <<= kCount * mine % 32;
+      own |= __shfl_xor_sync(~0u, own, 1);
+      const uint32_t other = __shfl_xor_sync(~0u, own, 2);
+      // Of the row's keys, from the lane's own first on: the first 32, and the next.
+      const uint32_t low = (kCount == 8 ? own | other : mine < 2 ? own : other) >> 2 * mine;
+      const uint32_t high = (mine < 2 ? other : own) >> 2 * mine;
+#pragma unroll
+      for (int i = 0; i < kCount; ++i)
+        if (!((i < 8 ? low : high) >> (i % 8 / 2 * 8 + i % 2) & 1)) scores[r][i] = -INFINITY;
+    }
+  }
+};
+
+// Adds attn_mask. Only what contains(r, i) says is attended is read, where it is `tested`.
+template <int kRows, int kCount, class Contains>
+TA_DEVICE void add_mask(float (&scores)[kRows][kCount], const HeadMask& mask, const MaskPlaces<kRows>& places,
+                        const BoolRows<kRows, kCount>& bool_rows, bool tested, const Contains& contains) {
+  if (bool_rows.loaded) return bool_rows.apply(scores);
   const auto add = [&](auto type, const auto& bias_of) {
-    const auto* from = reinterpret_cast<const decltype(type)*>(mask.data) + index + 2 * (lane_index() % 4) * stride;
+    const auto* const data =
+        reinterpret_cast<const decltype(type)*>(mask.data) + 2 * (lane_index() % 4) * places.stride;
     if (tested) {
 #pragma unroll
-      for (int i = 0; i < kCount; i += 2, from += 8 * stride) {
-        if (contains(i)) scores[i] += bias_of(from);
-        if (contains(i + 1)) scores[i + 1] += bias_of(from + stride);
+      for (int r = 0; r < kRows; ++r) {
+        const auto* from = data + places.index[r];
+#pragma unroll
+        for (int i = 0; i < kCount; i += 2, from += 8 * places.stride) {
+          if (contains(r, i)) scores[r][i] += bias_of(from);
+          if (contains(r, i + 1)) scores[r][i + 1] += bias_of(from + places.stride);
+        }
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < kCount; i += 2, from += 8 * stride) {
-        scores[i] += bias_of(from);
-        scores[i + 1] += bias_of(from + stride);
+      for (int r = 0; r < kRows; ++r) {
+        const auto* from = data + places.index[r];
+#pragma unroll
+        for (int i = 0; i < kCount; i += 2, from += 8 * places.stride) {
+          scores[r][i] += bias_of(from);
+          scores[r][i + 1] += bias_of(from + places.stride);
+        }
       }
     }
   };
   const auto number = [](const auto* x) { return static_cast<float>(load(x)); };
   switch (mask.dtype) {
     case ScalarType::kBool:
-      if constexpr (kCount == 8 || kCount == 16) {
-        if (!tested && stride == 1 && has_aligned_rows<kCount>(mask)) {
-          uint32_t bits[kCount / 8];
-          attended_bits<kCount>(bits, mask.data + index);
-#pragma unroll
-          for (int i = 0; i < kCount; ++i)
-            if (!(bits[i / 8] >> (i % 8 / 2 * 8 + i % 2) & 1)) scores[i] = -INFINITY;
-          return;
-        }
-      }
       return add(uint8_t{}, [](const uint8_t* x) { return *x ? 0.0f : -INFINITY; });
     case ScalarType::kFloat64:
       return add(double{}, number);
@@ -95,102 +114,132 @@ TA_DEVICE void add_mask(float (&scores)[kCount], const HeadMask& mask, int64_t i
   }
 }
 
-// What becomes of a lane's capped q·k. distance(i): between position and key; mask_index and mask_stride as in
-// add_mask.
-template <int kCount, class Contains, class Distance>
-TA_DEVICE void finish_scores(float (&scores)[kCount], const HeadScore<float>& score, bool tested,
-                             const Contains& contains, const Distance& distance, int64_t mask_index,
-                             int64_t mask_stride) {
+// Softcap and scale.
+template <int kRows, int kCount>
+TA_DEVICE void cap_scores(float (&scores)[kRows][kCount], const ScoreMod<Math<float>>& mod) {
+  if (mod.softcap == 0) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) scores[r][i] *= mod.scale;
+  } else {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) scores[r][i] = mod.capped(scores[r][i]);
+  }
+}
+
+// What follows softcap and scale. distance(r, i): between position and key.
+template <int kRows, int kCount, class Contains, class Distance>
+TA_DEVICE void finish_scores(float (&scores)[kRows][kCount], const HeadScore<float>& score,
+                             const MaskPlaces<kRows>& places, const BoolRows<kRows, kCount>& bool_rows, bool tested,
+                             const Contains& contains, const Distance& distance) {
   if (tested) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i)
-      if (!contains(i)) scores[i] = -INFINITY;
+    for (int r = 0; r < kRows; ++r)
+#pragma unroll
+      for (int i = 0; i < kCount; ++i)
+        if (!contains(r, i)) scores[r][i] = -INFINITY;
   }
   if (score.mod.slope != 0) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i)
-      scores[i] += score.mod.slope * ScoreMod<Math<float>>::alibi_derivative(distance(i));
+    for (int r = 0; r < kRows; ++r)
+#pragma unroll
+      for (int i = 0; i < kCount; ++i)
+        scores[r][i] += score.mod.slope * ScoreMod<Math<float>>::alibi_derivative(distance(r, i));
   }
-  if (score.mask.data) add_mask(scores, score.mask, mask_index, mask_stride, tested, contains);
+  if (score.mask.data) add_mask(scores, score.mask, places, bool_rows, tested, contains);
 }
 
-// Half of an accumulator's q·k becomes capped, in place; a copy of it waits to be finished.
-template <int kGroups>
-TA_DEVICE void cap_scores(float (&scores)[2 * kGroups], float (&x)[kGroups][4], int half,
-                          const ScoreMod<Math<float>>& mod) {
-  if (mod.softcap == 0) {
+// A tile whose rows are queries: those of the lane are `row` and every eighth from there on, the keys first +
+// column_of_lane(i). `tested`: false where score.inside() holds of the tile.
+template <int kRows, int kCount>
+struct QueryRows {
+  const HeadScore<float>& score;
+  int64_t row, first;
+  bool tested;
+  MaskPlaces<kRows> places;
+
+  TA_DEVICE QueryRows(const HeadScore<float>& score_, int64_t row_, int64_t first_, bool tested_)
+      : score(score_), row(row_), first(first_), tested(tested_) {
+    places.stride = score.mask.key_stride;
 #pragma unroll
-    for (int i = 0; i < 2 * kGroups; ++i) x[i / 2][2 * half + i % 2] *= mod.scale;
-  } else {
-#pragma unroll
-    for (int i = 0; i < 2 * kGroups; ++i) x[i / 2][2 * half + i % 2] = mod.capped(x[i / 2][2 * half + i % 2]);
+    for (int r = 0; r < kRows; ++r)
+      places.index[r] = (row + 8 * r) * score.mask.row_stride + first * score.mask.key_stride;
   }
-#pragma unroll
-  for (int i = 0; i < 2 * kGroups; ++i) scores[i] = x[i / 2][2 * half + i % 2];
-}
+  TA_DEVICE BoolRows<kRows, kCount> bool_rows() const { return {score.mask, places, tested}; }
+  TA_DEVICE float to_first(int r) const { return static_cast<float>(first - score.band.position(row + 8 * r)); }
 
-// A lane's scores of row `row`, half `half` of its accumulators, which hold q·k and become capped; `tested`: false
-// where score.inside() holds of the tile. The keys are first + column_of_lane(i).
-template <class Score, int kGroups>
-TA_DEVICE void scores_of_row(float (&scores)[2 * kGroups], float (&x)[kGroups][4], int half, const Score& score,
-                             int64_t row, int64_t first, bool tested) {
-  cap_scores(scores, x, half, score.mod);
-  TileRange attended = {0, 8 * kGroups};
-  if (tested) attended = TileRange::keys_of_row(score, row, first, 8 * kGroups);
-  const float to_first = static_cast<float>(first - score.band.position(row));
-  finish_scores(
-      scores, score, tested, [&](int i) { return attended.contains(column_of_lane(i)); },
-      [&](int i) { return to_first + static_cast<float>(column_of_lane(i)); },
-      row * score.mask.row_stride + first * score.mask.key_stride, score.mask.key_stride);
-}
-
-// The same in place, for a forward pass. A plain kernel's scores stay in units of 1 / scale, and need this only where
-// the tile is tested.
-template <bool kFull, int kGroups>
-TA_DEVICE void finish_row(float (&x)[kGroups][4], int half, const HeadScore<float>& score, int64_t row, int64_t first,
-                          bool tested) {
-  if constexpr (kFull) {
-    float scores[2 * kGroups];
-    scores_of_row(scores, x, half, score, row, first, tested);
+  TA_DEVICE void finish(float (&scores)[kRows][kCount], const BoolRows<kRows, kCount>& bool_rows) const {
+    TileRange attended[kRows];
+    float distance[kRows];
 #pragma unroll
-    for (int i = 0; i < 2 * kGroups; ++i) x[i / 2][2 * half + i % 2] = scores[i];
-  } else {
-    const TileRange attended = TileRange::keys_of_row(score, row, first, 8 * kGroups);
-#pragma unroll
-    for (int i = 0; i < 2 * kGroups; ++i)
-      if (!attended.contains(column_of_lane(i))) x[i / 2][2 * half + i % 2] = -INFINITY;
-  }
-}
-
-// scores_of_row of tiles whose rows are keys: the scores of key `key` with the query rows row + column_of_lane(i), for
-// kernels that take all rows of a call.
-template <int kGroups>
-TA_DEVICE void scores_of_key(float (&scores)[2 * kGroups], float (&x)[kGroups][4], int half,
-                             const HeadScore<float>& score, int64_t key, int64_t row, bool tested) {
-  cap_scores(scores, x, half, score.mod);
-  TileRange attending = {0, 8 * kGroups};
-  if (tested) attending = TileRange::rows_of_key(score, key, row, 8 * kGroups);
-  const float to_first = static_cast<float>(key - score.band.offset - row);
-  finish_scores(
-      scores, score, tested, [&](int i) { return attending.contains(column_of_lane(i)); },
-      [&](int i) { return to_first - static_cast<float>(column_of_lane(i)); },
-      row * score.mask.row_stride + key * score.mask.key_stride, score.mask.row_stride);
-}
-
-// Half of an accumulator's capped q·k becomes the gradient of q·k, from that of the scores.
-template <int kGroups>
-TA_DEVICE void to_gradients_of_products(float (&x)[kGroups][4], int half, const float (&grad_scores)[2 * kGroups],
-                                        const ScoreMod<Math<float>>& mod) {
-  if (mod.softcap == 0) {
-#pragma unroll
-    for (int i = 0; i < 2 * kGroups; ++i) x[i / 2][2 * half + i % 2] = grad_scores[i] * mod.scale;
-  } else {
-#pragma unroll
-    for (int i = 0; i < 2 * kGroups; ++i) {
-      float& element = x[i / 2][2 * half + i % 2];
-      element = grad_scores[i] * mod.capped_derivative(element);
+    for (int r = 0; r < kRows; ++r) {
+      if (tested) attended[r] = TileRange::keys_of_row(score, row + 8 * r, first, 4 * kCount);
+      distance[r] = to_first(r);
     }
+    finish_scores(
+        scores, score, places, bool_rows, tested, [&](int r, int i) { return attended[r].contains(column_of_lane(i)); },
+        [&](int r, int i) { return distance[r] + static_cast<float>(column_of_lane(i)); });
   }
+};
+
+// A tile whose rows are keys: those of the lane are `key` and every eighth from there on, the queries row +
+// column_of_lane(i). For kernels that take all rows of a call.
+template <int kRows, int kCount>
+TA_DEVICE void finish_scores_of_keys(float (&scores)[kRows][kCount], const HeadScore<float>& score, int64_t key,
+                                     int64_t row, bool tested) {
+  MaskPlaces<kRows> places;
+  places.stride = score.mask.row_stride;
+  TileRange attending[kRows];
+  float distance[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    places.index[r] = row * score.mask.row_stride + (key + 8 * r) * score.mask.key_stride;
+    if (tested) attending[r] = TileRange::rows_of_key(score, key + 8 * r, row, 4 * kCount);
+    distance[r] = static_cast<float>(key + 8 * r - score.band.offset - row);
+  }
+  finish_scores(
+      scores, score, places, {}, tested, [&](int r, int i) { return attending[r].contains(column_of_lane(i)); },
+      [&](int r, int i) { return distance[r] - static_cast<float>(column_of_lane(i)); });
+}
+
+// Calls body with the accumulators as scores[2 · kM][2 · kGroups], and takes back what that becomes: registers change
+// their names, nothing moves.
+template <int kM, int kGroups, class Body>
+TA_DEVICE void as_rows(float (&x)[kM][kGroups][4], const Body& body) {
+  float scores[2 * kM][2 * kGroups];
+#pragma unroll
+  for (int r = 0; r < 2 * kM; ++r)
+#pragma unroll
+    for (int i = 0; i < 2 * kGroups; ++i) scores[r][i] = x[r / 2][i / 2][r % 2 * 2 + i % 2];
+  body(scores);
+#pragma unroll
+  for (int r = 0; r < 2 * kM; ++r)
+#pragma unroll
+    for (int i = 0; i < 2 * kGroups; ++i) x[r / 2][i / 2][r % 2 * 2 + i % 2] = scores[r][i];
+}
+
+// The gradient of capped scores becomes that of q·k. Where there is a softcap its derivative is a function of q·k,
+// which products() computes once more into what it is given: kept instead, it would take registers from all other
+// calls.
+template <int kGroups, class Products>
+TA_DEVICE void to_gradients_of_products(float (&grad)[1][kGroups][4], const ScoreMod<Math<float>>& mod,
+                                        const Products& products) {
+  if (mod.softcap == 0) {
+#pragma unroll
+    for (int n = 0; n < kGroups; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) grad[0][n][e] *= mod.scale;
+    return;
+  }
+  float x[1][kGroups][4] = {};
+  products(x);
+#pragma unroll
+  for (int n = 0; n < kGroups; ++n)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) grad[0][n][e] *= mod.capped_derivative(mod.capped(x[0][n][e]));
 }
 
 }  // namespace torch_attn::cuda::sm80

@@ -81,11 +81,11 @@ __global__ void __launch_bounds__(kThreads)
     for (int half = 0; half < 2; ++half) {
       const int r = warp_row + lane / 4 + 8 * half;
       const BackwardRow<float> stats = rows[r];
-      float scores[kMapLaneKeys], gradient[kMapLaneKeys] = {}, of_tile = 0;
-      scores_of_row(scores, x[0], half, score, row + r, first, tested);
+      float scores[1][kMapLaneKeys], gradient[kMapLaneKeys] = {}, of_tile = 0;
+      scores_of_row(scores, x, half, score, row + r, first, tested);
       source.add_unknown(gradient, row + r, LaneKeys{first});
 #pragma unroll
-      for (int i = 0; i < kMapLaneKeys; ++i) of_tile += gradient[i] * stats.weight(scores[i]);
+      for (int i = 0; i < kMapLaneKeys; ++i) of_tile += gradient[i] * stats.weight(scores[0][i]);
       sum[half] += of_tile;
     }
   }
@@ -158,9 +158,9 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int r = warp_row + lane / 4 + 8 * half;
-      float scores[kMapLaneKeys], gradient[kMapLaneKeys];
-      scores_of_row(scores, x[0], half, score, row + r, first, tested);
-      source.of_scores(gradient, score, rows[r], row + r, LaneKeys{first}, scores);
+      float scores[1][kMapLaneKeys], gradient[kMapLaneKeys];
+      scores_of_row(scores, x, half, score, row + r, first, tested);
+      source.of_scores(gradient, score, rows[r], row + r, LaneKeys{first}, scores[0]);
       const float to_first = static_cast<float>(first - score.band.position(row + r));
 #pragma unroll
       for (int i = 0; i < kMapLaneKeys; ++i) {
@@ -229,14 +229,13 @@ __global__ void __launch_bounds__(kThreads)
     MapAccumulators x = {};
     multiply_chunks(x, key_tile, warp_row, query_tile);
     const bool tested = !score.inside(row, row + kMapTile, first, first + kMapTile);
-    float scores[2][kMapLaneKeys];
+    float scores[2][1][kMapLaneKeys];
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-      scores_of_selected_rows(scores[half], x, half, score, lane_key + 8 * half, row, tested);
+    for (int half = 0; half < 2; ++half) scores_of_key(scores[half], x, half, score, lane_key + 8 * half, row, tested);
 #pragma unroll
     for (int i = 0; i < kMapLaneKeys; ++i) {
       const int r = column_of_lane(i);
-      const float of_keys[2] = {scores[0][i], scores[1][i]};
+      const float of_keys[2] = {scores[0][0][i], scores[1][0][i]};
       float gradient[2];
       source.of_scores(gradient, score, rows[r], row + r, LaneKeyRows{lane_key}, of_keys);
 #pragma unroll

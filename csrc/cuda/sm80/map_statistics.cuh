@@ -82,8 +82,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t r = row + tile_row + 8 * half;
-      float scores[kMapLaneKeys];
-      scores_of_row(scores, x[0], half, score, r, first, tested);
+      float tile_scores[1][kMapLaneKeys];
+      scores_of_row(tile_scores, x, half, score, r, first, tested);
+      const float (&scores)[kMapLaneKeys] = tile_scores[0];
       float highest = maximum[half];
 #pragma unroll
       for (int i = 0; i < kMapLaneKeys; ++i)
@@ -159,15 +160,15 @@ __global__ void __launch_bounds__(kThreads)
 
     const bool tested = !score.inside(row, row + kMapTile, first, first + kMapTile);
     const WeightRows<float> rows(p, out.logsumexp, weight_scale, score.batch_head, row);
-    float scores[2][kMapLaneKeys], of_tile[2] = {};  // apart, so that a long sum loses fewer digits
+    float scores[2][1][kMapLaneKeys], of_tile[2] = {};  // apart, so that a long sum loses fewer digits
 #pragma unroll
     for (int half = 0; half < 2; ++half)
-      scores_of_selected_rows(scores[half], x, half, score, first + tile_key + 8 * half, row, tested);
+      scores_of_key(scores[half], x, half, score, first + tile_key + 8 * half, row, tested);
 #pragma unroll
     for (int i = 0; i < kMapLaneKeys; ++i) {
       const BackwardRow<float> stats = rows[column_of_lane(i)];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) of_tile[half] += stats.weight(scores[half][i]);
+      for (int half = 0; half < 2; ++half) of_tile[half] += stats.weight(scores[half][0][i]);
     }
     sum[0] += of_tile[0];
     sum[1] += of_tile[1];

@@ -65,17 +65,37 @@ struct KeySteps {
   }
 };
 
-// lane_scores.cuh's scores_of_key for calls that may ask for a selection of a query's rows.
-TA_DEVICE void scores_of_selected_rows(float (&scores)[kMapLaneKeys], MapAccumulators& x, int half,
-                                       const MapScore<float>& score, int64_t key, int64_t row, bool tested) {
-  if (!score.selected()) return scores_of_key(scores, x[0], half, score, key, row, tested);
-  cap_scores(scores, x[0], half, score.mod);
+// Half of the accumulators' q·k, which become capped, and a copy of them, which is to be finished.
+TA_DEVICE void capped_half(float (&scores)[1][kMapLaneKeys], MapAccumulators& x, int half,
+                           const HeadScore<float>& score) {
+#pragma unroll
+  for (int i = 0; i < kMapLaneKeys; ++i) scores[0][i] = x[0][i / 2][2 * half + i % 2];
+  cap_scores(scores, score.mod);
+#pragma unroll
+  for (int i = 0; i < kMapLaneKeys; ++i) x[0][i / 2][2 * half + i % 2] = scores[0][i];
+}
+
+// A lane's scores of row `row`, half `half` of its accumulators; `tested`: false where score.inside() holds of the
+// tile. The keys are first + column_of_lane(i).
+TA_DEVICE void scores_of_row(float (&scores)[1][kMapLaneKeys], MapAccumulators& x, int half,
+                             const HeadScore<float>& score, int64_t row, int64_t first, bool tested) {
+  const QueryRows<1, kMapLaneKeys> rows(score, row, first, tested);
+  capped_half(scores, x, half, score);
+  rows.finish(scores, rows.bool_rows());
+}
+
+// The same of tiles whose rows are keys: the scores of key `key` with the query rows row + column_of_lane(i), which may
+// be a selection.
+TA_DEVICE void scores_of_key(float (&scores)[1][kMapLaneKeys], MapAccumulators& x, int half,
+                             const MapScore<float>& score, int64_t key, int64_t row, bool tested) {
+  capped_half(scores, x, half, score);
+  if (!score.selected()) return finish_scores_of_keys(scores, score, key, row, tested);
+  const MaskPlaces<1> places = {{row * score.mask.row_stride + key * score.mask.key_stride}, score.mask.row_stride};
   const auto row_of = [&](int i) { return row + column_of_lane(i); };
   finish_scores(
-      scores, score, tested,
-      [&](int i) { return row_of(i) < score.query_length && score.band.attends(row_of(i), key); },
-      [&](int i) { return static_cast<float>(key - score.band.position(row_of(i))); },
-      row * score.mask.row_stride + key * score.mask.key_stride, score.mask.row_stride);
+      scores, score, places, {}, tested,
+      [&](int, int i) { return row_of(i) < score.query_length && score.band.attends(row_of(i), key); },
+      [&](int, int i) { return static_cast<float>(key - score.band.position(row_of(i))); });
 }
 
 }  // namespace torch_attn::cuda::sm80

@@ -53,10 +53,10 @@ __global__ void __launch_bounds__(kThreads)
     for (int half = 0; half < 2; ++half) {
       const int r = warp_row + lane / 4 + 8 * half;
       const BackwardRow<float> stats = rows[r];
-      float scores[kMapLaneKeys];
-      scores_of_row(scores, x[0], half, score, row + r, first, tested);
+      float scores[1][kMapLaneKeys];
+      scores_of_row(scores, x, half, score, row + r, first, tested);
 #pragma unroll
-      for (int i = 0; i < kMapLaneKeys; ++i) sum[0][i / 2][2 * half + i % 2] += stats.weight(scores[i]);
+      for (int i = 0; i < kMapLaneKeys; ++i) sum[0][i / 2][2 * half + i % 2] += stats.weight(scores[0][i]);
     }
   }
 

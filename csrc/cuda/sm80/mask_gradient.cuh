@@ -72,10 +72,10 @@ __global__ void __launch_bounds__(kThreads)
         const BackwardRow<float> rows[2] = {tile_rows[warp_row + lane / 4], tile_rows[warp_row + lane / 4 + 8]};
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          float scores[kMapLaneKeys];
-          scores_of_row(scores, x[0], half, score, row + warp_row + lane / 4 + 8 * half, first, true);
+          float scores[1][kMapLaneKeys];
+          scores_of_row(scores, x, half, score, row + warp_row + lane / 4 + 8 * half, first, true);
 #pragma unroll
-          for (int j = 0; j < kMapLaneKeys; ++j) x[0][j / 2][2 * half + j % 2] = rows[half].weight(scores[j]);
+          for (int j = 0; j < kMapLaneKeys; ++j) x[0][j / 2][2 * half + j % 2] = rows[half].weight(scores[0][j]);
         }
 #pragma unroll
         for (int n = 0; n < kMapGroups; ++n) {
@@ -106,9 +106,9 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int r = 16 * warp_index() + lane_index() / 4 + 8 * half;
-          float scores[kMapLaneKeys], gradient[kMapLaneKeys];
-          scores_of_row(scores, x[0], half, score, row + r, first, true);
-          source.of_scores(gradient, score, rows[r], row + r, LaneKeys{first}, scores);
+          float scores[1][kMapLaneKeys], gradient[kMapLaneKeys];
+          scores_of_row(scores, x, half, score, row + r, first, true);
+          source.of_scores(gradient, score, rows[r], row + r, LaneKeys{first}, scores[0]);
 #pragma unroll
           for (int i = 0; i < kMapLaneKeys; ++i) sum[0][i / 2][2 * half + i % 2] += gradient[i];
         }

@@ -79,6 +79,11 @@ __global__ void __launch_bounds__(kThreads)
     }
     ptx::cp_async_commit();
 
+    const bool tested = kFull ? !score.inside(row, row + Shape::kRows, first, first + Shape::kStep)
+                              : !score.covered(row, row_end, first, first + Shape::kStep);
+    const auto lane_rows = [&] { return QueryRows<2, 2 * kGroups>(score, row + warp_row + lane / 4, first, tested); };
+    BoolRows<2, 2 * kGroups> bool_rows;
+    if constexpr (kFull) bool_rows = lane_rows().bool_rows();
     float x[1][kGroups][4] = {}, grad[1][kGroups][4] = {};
     multiply_transposed<1>(x, shared.dots, warp_row, shared.step[step % 2].dots);
     multiply_transposed<1>(grad, shared.grads, warp_row, shared.step[step % 2].grads);
@@ -91,31 +96,38 @@ __global__ void __launch_bounds__(kThreads)
           for (int e = 0; e < 4; ++e) grad[0][n][e] = kept >> e & 1 ? grad[0][n][e] * score.keep_scale : 0.0f;
         }
       }
-      const bool tested = !score.inside(row, row + Shape::kRows, first, first + Shape::kStep);
+      as_rows(x, [&](auto& scores) {
+        cap_scores(scores, score.mod);
+        lane_rows().finish(scores, bool_rows);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int64_t r = row + warp_row + 8 * half + lane / 4;
-        float scores[2 * kGroups];
-        scores_of_row(scores, x[0], half, score, r, first, tested);
-#pragma unroll
-        for (int i = 0; i < 2 * kGroups; ++i)
-          scores[i] = rows[half].full_weight(scores[i]) * (grad[0][i / 2][2 * half + i % 2] - rows[half].delta);
-        if (t.grad_alibi_slopes) {
-          const float to_first = static_cast<float>(first - score.band.position(r));
+        for (int half = 0; half < 2; ++half)
 #pragma unroll
           for (int i = 0; i < 2 * kGroups; ++i)
-            grad_slope[half] +=
-                scores[i] * ScoreMod<Math<float>>::alibi_derivative(to_first + static_cast<float>(column_of_lane(i)));
+            scores[half][i] =
+                rows[half].full_weight(scores[half][i]) * (grad[0][i / 2][2 * half + i % 2] - rows[half].delta);
+        if (t.grad_alibi_slopes) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const float to_first = lane_rows().to_first(half);
+#pragma unroll
+            for (int i = 0; i < 2 * kGroups; ++i)
+              grad_slope[half] += scores[half][i] * ScoreMod<Math<float>>::alibi_derivative(
+                                                        to_first + static_cast<float>(column_of_lane(i)));
+          }
         }
-        to_gradients_of_products(x[0], half, scores, score.mod);
-      }
+      });
+      to_gradients_of_products(x, score.mod, [&](auto& products) {
+        multiply_transposed<1>(products, shared.dots, warp_row, shared.step[step % 2].dots);
+      });
     } else {
-      const bool tested = !score.unmasked(row, row_end, first, first + Shape::kStep);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        if (tested)
-          forget_unattended(x[0], grad[0], half,
-                            TileRange::keys_of_row(score, row + warp_row + 8 * half + lane / 4, first, Shape::kStep));
+        if (tested) {
+          const TileRange attended =
+              TileRange::keys_of_row(score, row + warp_row + 8 * half + lane / 4, first, Shape::kStep);
+          set_unattended(x[0], half, attended, -INFINITY);
+          set_unattended(grad[0], half, attended, 0);  // whatever values, NaN even, were met there
+        }
 #pragma unroll
         for (int i = 0; i < 2 * kGroups; ++i) {
           float& element = x[0][i / 2][2 * half + i % 2];

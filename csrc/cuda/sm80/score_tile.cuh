@@ -39,17 +39,12 @@ struct TileRange {
   TA_DEVICE static int clamp(int64_t x, int size) { return x < 0 ? 0 : x > size ? size : static_cast<int>(x); }
 };
 
-// Where a plain kernel's tile is tested: what a row (key) does not attend (by) has a weight and a gradient of 0,
-// whatever values, NaN even, it met.
+// Half of an accumulator, where it does not attend, becomes `value`.
 template <int kGroups>
-TA_DEVICE void forget_unattended(float (&x)[kGroups][4], float (&grad)[kGroups][4], int half,
-                                 const TileRange& attended) {
+TA_DEVICE void set_unattended(float (&x)[kGroups][4], int half, const TileRange& attended, float value) {
 #pragma unroll
   for (int i = 0; i < 2 * kGroups; ++i)
-    if (!attended.contains(column_of_lane(i))) {
-      x[i / 2][2 * half + i % 2] = -INFINITY;
-      grad[i / 2][2 * half + i % 2] = 0;
-    }
+    if (!attended.contains(column_of_lane(i))) x[i / 2][2 * half + i % 2] = value;
 }
 
 // Dropout bits of one accumulator fragment whose rows are queries and columns keys: bit 2 · half + e for element

@@ -90,14 +90,20 @@ __global__ void __launch_bounds__(kThreads)
     if (step + 1 < steps) copy_tile(shared.key[(step + 1) % 2], key, first + kSelectKeys);
     ptx::cp_async_commit();
 
+    const QueryRows<2, kLaneKeys> rows(score, row + tile_row, first,
+                                       !score.inside(row, row + kSelectRows, first, first + kSelectKeys));
+    const auto bool_rows = rows.bool_rows();
     float x[1][kSelectKeys / 8][4] = {};
     multiply_transposed<1>(x, shared.query, 16 * warp_index(), shared.key[step % 2]);
-    const bool tested = !score.inside(row, row + kSelectRows, first, first + kSelectKeys);
     float s[2][kLaneKeys], rescale[2], group_sums[2][2];  // [half], [half][group]
 #pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int i = 0; i < kLaneKeys; ++i) s[half][i] = x[0][i / 2][2 * half + i % 2];
+    cap_scores(s, score.mod);
+    rows.finish(s, bool_rows);
+#pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int64_t r = row + tile_row + 8 * half;
-      scores_of_row(s[half], x[0], half, score, r, first, tested);
       float largest = maximum[half];
 #pragma unroll
       for (int i = 0; i < kLaneKeys; ++i) largest = fmaxf(largest, s[half][i]);
