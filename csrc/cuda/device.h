@@ -7,8 +7,9 @@
 #include <cuda_runtime.h>
 
 #define TA_DEVICE __device__ __forceinline__
-// Names the block's dynamic shared memory. Only one name and alignment may be used in a translation unit.
-#define TA_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+// Names the block's dynamic shared memory, aligned as wgmma's operands are. Only one name may be used in a translation
+// unit.
+#define TA_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 
 #else
 

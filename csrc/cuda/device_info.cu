@@ -31,7 +31,7 @@ DeviceFacts device_facts(int device) {
 #else
 
 void set_device(int) {}
-DeviceFacts device_facts(int) { return {80, emulation::options.multiprocessors}; }
+DeviceFacts device_facts(int) { return {90, emulation::options.multiprocessors}; }
 
 #endif
 

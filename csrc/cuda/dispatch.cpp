@@ -11,7 +11,7 @@
 namespace torch_attn::cuda {
 namespace {
 
-const Tier* const kTiers[] = {&sm80::kTier, &simt::kTier};
+const Tier* const kTiers[] = {&sm90::kTier, &sm80::kTier, &simt::kTier};
 
 std::mutex forced_tier_mutex;
 std::string forced_tier;  // empty: none
@@ -30,12 +30,13 @@ std::vector<Plan> ask_tiers(const Call& call) {
   for (const Tier* tier : kTiers) plans.push_back(tier->plan(call));
   return with_forced_tier(std::move(plans));
 }
-std::vector<Plan> plans_of_both(const std::string& sm80_refusal) {
-  Plan sm80, simt;
+std::vector<Plan> plans_of_two(const std::string& sm80_refusal) {
+  Plan sm90, sm80, simt;
+  sm90.refusal = "it has attention's forward pass alone";
   sm80.refusal = sm80_refusal;
   sm80.form = "on tensor cores";
   simt.form = "any type and size";
-  return with_forced_tier({sm80, simt});
+  return with_forced_tier({sm90, sm80, simt});
 }
 
 // The first that can serve the call; if there is none, the error says why each cannot.
@@ -117,10 +118,12 @@ std::vector<TierAnswer> backward_tiers(const AttentionProblem& p, const Backward
   return answers(ask_tiers({p, &t, device}));
 }
 
-std::vector<TierAnswer> answers_of_both(const std::string& sm80_refusal) {
-  return answers(plans_of_both(sm80_refusal));
+std::vector<TierAnswer> answers_of_two(const std::string& sm80_refusal) {
+  return answers(plans_of_two(sm80_refusal));
 }
-bool is_served_by_sm80(const std::string& sm80_refusal) { return first_to_serve(plans_of_both(sm80_refusal)) == 0; }
+bool is_served_by_sm80(const std::string& sm80_refusal) {
+  return kTiers[first_to_serve(plans_of_two(sm80_refusal))] == &sm80::kTier;
+}
 
 void force_tier(const std::string& name) {
   bool known = name.empty();

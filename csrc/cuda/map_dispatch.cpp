@@ -42,11 +42,11 @@ void with_tier(const AttentionProblem& p, const BackwardTensors* t, const Stream
 }  // namespace
 
 std::vector<TierAnswer> map_forward_tiers(const AttentionProblem& p, const DeviceFacts& device) {
-  return answers_of_both(sm80_refusal(p, nullptr, device));
+  return answers_of_two(sm80_refusal(p, nullptr, device));
 }
 std::vector<TierAnswer> map_backward_tiers(const AttentionProblem& p, const BackwardTensors& t,
                                            const DeviceFacts& device) {
-  return answers_of_both(sm80_refusal(p, &t, device));
+  return answers_of_two(sm80_refusal(p, &t, device));
 }
 
 size_t map_forward_workspace_bytes(const AttentionProblem& p) { return bytes_of_rows(p, 1); }

@@ -5,6 +5,7 @@ Each test draws its thread schedule as it draws its inputs; the emulator also ch
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -111,6 +112,25 @@ def test_sm80_float16(name: str, device: Device) -> None:
 @pytest.mark.parametrize("case", SM80_WIDTHS, ids=str)
 def test_sm80_widths(case: Case, dtype: torch.dtype, device: Device) -> None:
     check_case(device, "sm80", case, dtype)
+
+
+SM90_CASES = [case for case in CASES if case.head_dim % 8 == 0 and case.value_dim % 8 == 0]
+SM90_CASES = [*SM90_CASES, *(case for case in SM80_WIDTHS if max(case.head_dim, case.value_dim) <= 128)]
+
+
+def is_served_by_sm90(device: Device, call: Call) -> bool:
+    return Run(device, call, (0, 0)).tiers()["sm90"].startswith("+")
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("case", SM90_CASES, ids=str)
+def test_sm90_forward(case: Case, dtype: torch.dtype, device: Device) -> None:
+    call = dataclasses.replace(draw_call(case, dtype, grad_logsumexp=False), grad_out=None)
+    if not is_served_by_sm90(device, call):
+        pytest.skip("an option that only full kernels have, or rows few enough for their keys to be split")
+    device.force_tier("sm90")
+    device.configure(random_seed())
+    assert_accurate(call, Run(device, call, (0, 0)).forward(), None, rounds_weights=True)
 
 
 TF32_CASES = ["long", "window", "grouped_query_causal", "float_mask_causal", "dropout_causal_grouped", "everything"]

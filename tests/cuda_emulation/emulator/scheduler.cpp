@@ -11,6 +11,7 @@
 #include "fiber.h"
 #include "mbarrier.h"
 #include "memory.h"
+#include "warpgroup.h"
 
 namespace emulation {
 
@@ -136,6 +137,7 @@ void launch(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void(
         start_block(shared_bytes);
         reset_collectives(count);
         reset_copies(count);
+        reset_products(count);
         reset_clocks(count);
         reset_mbarriers();
         run_block({x, y, z}, size, grid);
