@@ -14,7 +14,7 @@ import subprocess
 import sys
 import sysconfig
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 LIBRARY = Path(__file__).resolve().parents[1] / "torch_attn" / "lib" / "libtorch_attn.so"
@@ -51,6 +51,9 @@ PLANNED_HMMA_OF_WIDTH = {"select_keys_kernel": {64: 32, 128: 64}}  # in both 16-
 # Of those, the ones that write rows of a tensor.
 STORES_ROWS = ("map_weights_kernel", "map_query_gradient_kernel", "map_key_gradient_kernel")
 
+# Warpgroup matrix instructions of the Hopper tier's kernels (csrc/cuda/sm90), by width; in its machine code alone.
+PLANNED_HGMMA = {"forward_kernel": {64: 12, 128: 16}}
+
 # How many kernels there are of each family. The 16-bit ones come in two types.
 EXPECTED = {
     "tensor-core": sum(
@@ -58,6 +61,7 @@ EXPECTED = {
         for instruction, kernels in PLANNED_HMMA.items()
         for widths in kernels.values()
     ),
+    "Hopper": 2 * sum(len(widths) for widths in PLANNED_HGMMA.values()),
     "tensor-core map": 3 * len(PLANNED_HMMA_OF_TYPE),
     "tensor-core selection": 2 * sum(len(widths) for widths in PLANNED_HMMA_OF_WIDTH.values()),
     "portable": 11,
@@ -83,6 +87,7 @@ WIDEST = {"HMMA.16816.F32": 256, "HMMA.1688.F32.TF32": 128}
 TYPES = {"f": "float", "d": "double"}
 TYPE = r"(f|d|\S*?\d(?:BFloat16|Float16)E)"
 SM80_NAME = re.compile(rf"4sm80\d+([a-z_]+_kernel)I{TYPE}(?:Li(\d+)E)?(?:Lb([01])E)?E")
+SM90_NAME = re.compile(rf"4sm90\d+([a-z_]+_kernel)I{TYPE}Li(\d+)EE")
 SIMT_NAME = re.compile(r"4simt\d+([a-z_]+_kernel)I([fd])(?:Li(\d+)E)?E")
 
 
@@ -141,10 +146,11 @@ class Plan:
 
     family: str
     label: str
-    hmma: str = ""  # the matrix instruction; empty: none
+    hmma: str = ""  # the matrix instruction, HMMA.… or HGMMA; empty: none
     hmma_count: int = 0
     stores_rows: bool = False
     spill_bytes: int = 0
+    empty: bool = False  # on this architecture it has no body
 
 
 def type_name(mangled: str) -> str:
@@ -178,6 +184,10 @@ def plan_of(name: str) -> Plan | None:
             True,
             WIDEST_SPILL_BYTES if width == WIDEST[instruction] else MAY_SPILL.get(("sm80", kernel, width), 0),
         )
+    if found := SM90_NAME.search(name):
+        kernel, width = found[1], int(found[3])
+        label = f"sm90 {kernel} {type_name(found[2])} {width}"
+        return Plan("Hopper", label, "HGMMA", PLANNED_HGMMA[kernel][width], True)
     if found := SIMT_NAME.search(name):
         kernel, width = found[1], int(found[3] or 0)
         family = "portable"
@@ -194,9 +204,12 @@ def plan_of(name: str) -> Plan | None:
 
 def problems_of(kernel: Kernel, plan: Plan) -> list[str]:
     problems = []
+    if plan.empty:
+        return ["it has a body"] if any(kernel.count(name) for name in ("LDG", "STG", "LDS", "HMMA")) else []
     if plan.hmma:
-        if not kernel.count(plan.hmma) == kernel.count("HMMA") == plan.hmma_count:
-            problems.append(f"{kernel.count('HMMA')} HMMA in place of {plan.hmma_count} {plan.hmma}")
+        matrix_instructions = kernel.count("HMMA") + kernel.count("HGMMA")
+        if not kernel.count(plan.hmma) == matrix_instructions == plan.hmma_count:
+            problems.append(f"{matrix_instructions} matrix instructions in place of {plan.hmma_count} {plan.hmma}")
         if "all_gradients" in plan.label and kernel.count("ATOM"):
             problems.append("its atomic sums wait for the old value")
         if kernel.count("LDGSTS") == 0 or kernel.count("LDGSTS") != kernel.count("LDGSTS", ".128"):
@@ -220,6 +233,8 @@ def check(library: Path, architecture: str) -> list[str]:
         plan = plan_of(kernel.name)
         if plan is None:
             continue
+        if plan.family == "Hopper" and architecture != "sm_90a":
+            plan = replace(plan, hmma="", hmma_count=0, empty=True)
         found[plan.family] += 1
         wrong = problems_of(kernel, plan)
         print(

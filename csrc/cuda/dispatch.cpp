@@ -1,5 +1,5 @@
 // Which tier serves a call, and the order of the backward pass's kernels. Plain C++: no CUDA header.
-#include <mutex>
+#include <atomic>
 #include <stdexcept>
 
 #include "device_info.h"
@@ -13,22 +13,20 @@ namespace {
 
 const Tier* const kTiers[] = {&sm90::kTier, &sm80::kTier, &simt::kTier};
 
-std::mutex forced_tier_mutex;
-std::string forced_tier;  // empty: none
+std::atomic<const Tier*> forced_tier{nullptr};  // null: none
 
-// Plans, one for each of kTiers, with force_tier's say.
-std::vector<Plan> with_forced_tier(std::vector<Plan> plans) {
-  const std::lock_guard<std::mutex> lock(forced_tier_mutex);
-  for (size_t i = 0; i < plans.size(); ++i)
-    if (plans[i].refusal.empty() && !forced_tier.empty() && forced_tier != kTiers[i]->name)
-      plans[i].refusal = "the tier " + forced_tier + " is forced";
-  return plans;
+// What a tier answers to a call, and what force_tier says to that.
+Plan with_forced_tier(const Tier* tier, Plan plan) {
+  const Tier* const forced = forced_tier.load();
+  if (plan.refusal.empty() && forced && forced != tier)
+    plan.refusal = std::string("the tier ") + forced->name + " is forced";
+  return plan;
 }
 
 std::vector<Plan> ask_tiers(const Call& call) {
   std::vector<Plan> plans;
-  for (const Tier* tier : kTiers) plans.push_back(tier->plan(call));
-  return with_forced_tier(std::move(plans));
+  for (const Tier* tier : kTiers) plans.push_back(with_forced_tier(tier, tier->plan(call)));
+  return plans;
 }
 std::vector<Plan> plans_of_two(const std::string& sm80_refusal) {
   Plan sm90, sm80, simt;
@@ -36,7 +34,8 @@ std::vector<Plan> plans_of_two(const std::string& sm80_refusal) {
   sm80.refusal = sm80_refusal;
   sm80.form = "on tensor cores";
   simt.form = "any type and size";
-  return with_forced_tier({sm90, sm80, simt});
+  return {with_forced_tier(&sm90::kTier, sm90), with_forced_tier(&sm80::kTier, sm80),
+          with_forced_tier(&simt::kTier, simt)};
 }
 
 // The first that can serve the call; if there is none, the error says why each cannot.
@@ -54,10 +53,12 @@ struct Choice {
   Plan plan;
 };
 
+// Asks no further tier than it must: a small call takes little longer than this.
 Choice choose(const Call& call) {
-  const std::vector<Plan> plans = ask_tiers(call);
-  const size_t first = first_to_serve(plans);
-  return {*kTiers[first], plans[first]};
+  for (const Tier* tier : kTiers)
+    if (Plan plan = with_forced_tier(tier, tier->plan(call)); plan.refusal.empty()) return {*tier, std::move(plan)};
+  first_to_serve(ask_tiers(call));  // throws
+  throw std::logic_error("a tier has changed its mind");
 }
 
 std::vector<TierAnswer> answers(const std::vector<Plan>& plans) {
@@ -118,19 +119,17 @@ std::vector<TierAnswer> backward_tiers(const AttentionProblem& p, const Backward
   return answers(ask_tiers({p, &t, device}));
 }
 
-std::vector<TierAnswer> answers_of_two(const std::string& sm80_refusal) {
-  return answers(plans_of_two(sm80_refusal));
-}
+std::vector<TierAnswer> answers_of_two(const std::string& sm80_refusal) { return answers(plans_of_two(sm80_refusal)); }
 bool is_served_by_sm80(const std::string& sm80_refusal) {
   return kTiers[first_to_serve(plans_of_two(sm80_refusal))] == &sm80::kTier;
 }
 
 void force_tier(const std::string& name) {
-  bool known = name.empty();
-  for (const Tier* tier : kTiers) known = known || name == tier->name;
-  if (!known) throw std::invalid_argument("there is no CUDA tier named " + name);
-  const std::lock_guard<std::mutex> lock(forced_tier_mutex);
-  forced_tier = name;
+  const Tier* found = nullptr;
+  for (const Tier* tier : kTiers)
+    if (name == tier->name) found = tier;
+  if (!found && !name.empty()) throw std::invalid_argument("there is no CUDA tier named " + name);
+  forced_tier = found;
 }
 
 }  // namespace torch_attn::cuda

@@ -34,9 +34,7 @@ void select_keys_sm80(const AttentionProblem& p, const Selection& selection, con
 std::vector<TierAnswer> select_keys_tiers(const AttentionProblem& p, const DeviceFacts& device) {
   return answers_of_two(sm80_refusal(p, device));
 }
-std::vector<TierAnswer> select_keys_backward_tiers() {
-  return answers_of_two("it has no gradients of hard attention");
-}
+std::vector<TierAnswer> select_keys_backward_tiers() { return answers_of_two("it has no gradients of hard attention"); }
 
 size_t select_keys_workspace_bytes(const AttentionProblem& p, const Selection& selection) {
   if (selection.rule == SelectionRule::kHighest) return 0;

@@ -25,8 +25,8 @@ struct Tier {
   const char* name;
   Plan (*plan)(const Call&);
   void (*forward)(const Call&, const ForwardOutputs&, void* workspace, const Stream&);
-  // What follows is null in a tier that refuses backward calls. The statistics are those of row_statistics.cuh. query_gradient also writes each row's part of grad_alibi_slopes, if
-  // wanted.
+  // What follows is null in a tier that refuses backward calls. The statistics are those of row_statistics.cuh.
+  // query_gradient also writes each row's part of grad_alibi_slopes, if wanted.
   void (*query_gradient)(const AttentionProblem&, const BackwardTensors&, void* statistics, const Stream&);
   void (*key_value_gradient)(const AttentionProblem&, const BackwardTensors&, void* statistics, const Stream&);
   void (*mask_gradient)(const AttentionProblem&, const BackwardTensors&, void* statistics, const Stream&);
@@ -35,8 +35,8 @@ struct Tier {
                         const Stream&);
 };
 
-// Of the families of kernels that sm90 has not, sm80 has for some calls and simt for all, given why sm80 refuses a call (empty: it
-// does not): each tier's answer, and whether sm80 serves it. The latter throws where a forced tier refuses.
+// Of the families of kernels that sm90 has not, sm80 has for some calls and simt for all, given why sm80 refuses a call
+// (empty: it does not): each tier's answer, and whether sm80 serves it. The latter throws where a forced tier refuses.
 std::vector<TierAnswer> answers_of_two(const std::string& sm80_refusal);
 bool is_served_by_sm80(const std::string& sm80_refusal);
 

@@ -81,6 +81,7 @@ class Fault(IntEnum):
     SKIP_COPY_WAIT = 3
     WRONG_PHASE = 4
     EARLY_RELEASE = 5
+    SKIP_PRODUCT_WAIT = 6
 
 
 class KernelError(RuntimeError):

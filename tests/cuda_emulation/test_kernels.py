@@ -305,10 +305,11 @@ KERNELS = [
     Kernel("forward", "sm80", Run.forward, redundant_warp_barriers=FIRST),
     Kernel("decode", "sm80", Run.forward, query_length=3, key_length=800),
     Kernel("query_gradient", "sm80", query_gradient),
+    Kernel("forward", "sm90", Run.forward, redundant_warp_barriers=FIRST, key_length=500),
     Kernel("key_value_gradient", "sm80", key_value_gradient),
     Kernel("all_gradients", "sm80", Run.backward, redundant_warp_barriers=FIRST, deterministic=False),
 ]
-BARRIERS = {"simt": 10, "sm80": 3}  # how many are tried: in simt's two products, and in one step and the next
+BARRIERS = {"simt": 10, "sm80": 3, "sm90": 3}  # how many are tried: in simt's two products, and in one step and the next
 
 
 def unnoticed(device: Device, run: Run, kernel: Kernel, fault: Fault, calls: int) -> frozenset[int]:
@@ -336,6 +337,23 @@ def test_the_loss_of_any_barrier_or_wait_is_noticed(kernel: Kernel, device: Devi
     run.forward()
     calls = BARRIERS[kernel.tier]
     assert unnoticed(device, run, kernel, Fault.SKIP_BLOCK_BARRIER, calls) == kernel.redundant_block_barriers
-    if kernel.tier == "sm80":
+    if kernel.tier != "simt":
         assert unnoticed(device, run, kernel, Fault.SKIP_COPY_WAIT, calls) == frozenset()
         assert unnoticed(device, run, kernel, Fault.SKIP_WARP_BARRIER, 2) == kernel.redundant_warp_barriers
+
+
+@needs_access_reports
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("call", range(4))
+def test_products_that_are_not_waited_for_show(call: int, head_dim: int, device: Device) -> None:
+    """They are computed as late as they may be: the result is wrong, or their operands have been written to."""
+    sizes = {"batch": 1, "heads": 1, "kv_heads": 1, "query_length": 70, "key_length": 300}
+    case = Case("several_steps", head_dim=head_dim, value_dim=head_dim, **sizes)
+    device.force_tier("sm90")
+    run = Run(device, draw_call(case, torch.bfloat16), (0, 0))
+    right = run.forward()["out"]
+    device.configure(fault=Fault.SKIP_PRODUCT_WAIT, fault_call=call)
+    try:
+        assert not torch.equal(run.forward()["out"], right)
+    except KernelError as error:
+        assert "wgmma" in str(error)

@@ -13,10 +13,11 @@
 namespace torch_attn::cuda::sm80 {
 
 // Where attn_mask's numbers for a lane's scores lie: element (r, i) is number column_of_lane(i) of `stride` from
-// index[r] on.
-template <int kRows>
+// index(r) on.
 struct MaskPlaces {
-  int64_t index[kRows], stride;
+  int64_t first, row_step, stride;
+
+  TA_DEVICE int64_t index(int r) const { return first + r * row_step; }
 };
 
 // Bit i: byte i of the word is not 0.
@@ -40,13 +41,13 @@ struct BoolRows {
 
   TA_DEVICE BoolRows() {}
   // tested: false where all of the tile's rows and keys exist.
-  TA_DEVICE BoolRows(const HeadMask& mask, const MaskPlaces<kRows>& places, bool tested) {
+  TA_DEVICE BoolRows(const HeadMask& mask, const MaskPlaces& places, bool tested) {
     if (!kServed || !mask.data || mask.dtype != ScalarType::kBool || places.stride != 1 || tested) return;
     if ((reinterpret_cast<uintptr_t>(mask.data) | static_cast<uintptr_t>(mask.row_stride)) % kCount != 0) return;
     loaded = true;
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
-      quarter[r] = *reinterpret_cast<const Quarter*>(mask.data + places.index[r] + lane_index() % 4 * kCount);
+      quarter[r] = *reinterpret_cast<const Quarter*>(mask.data + places.index(r) + lane_index() % 4 * kCount);
   }
 
   TA_DEVICE void apply(float (&scores)[kRows][kCount]) const {
@@ -69,9 +70,18 @@ struct BoolRows {
   }
 };
 
-// Adds attn_mask. Only what contains(r, i) says is attended is read, where it is `tested`.
-template <int kRows, int kCount, class Contains>
-TA_DEVICE void add_mask(float (&scores)[kRows][kCount], const HeadMask& mask, const MaskPlaces<kRows>& places,
+// Whether two neighbours of a row can be loaded at once. Only asked where a lane has scores enough for it to matter:
+// the code costs registers.
+template <class Stored, int kScores>
+TA_DEVICE bool has_aligned_pairs(const HeadMask& mask, int64_t stride) {
+  const uintptr_t bytes = static_cast<uintptr_t>(mask.row_stride) * sizeof(Stored);
+  return kScores >= 32 && stride == 1 && (reinterpret_cast<uintptr_t>(mask.data) | bytes) % (2 * sizeof(Stored)) == 0;
+}
+
+// Adds attn_mask, along whose keys (kAlongKeys) or rows a lane's elements lie. Only what contains(r, i) says is
+// attended is read, where it is `tested`.
+template <bool kAlongKeys, int kRows, int kCount, class Contains>
+TA_DEVICE void add_mask(float (&scores)[kRows][kCount], const HeadMask& mask, const MaskPlaces& places,
                         const BoolRows<kRows, kCount>& bool_rows, bool tested, const Contains& contains) {
   if (bool_rows.loaded) return bool_rows.apply(scores);
   const auto add = [&](auto type, const auto& bias_of) {
@@ -80,17 +90,29 @@ TA_DEVICE void add_mask(float (&scores)[kRows][kCount], const HeadMask& mask, co
     if (tested) {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        const auto* from = data + places.index[r];
+        const auto* from = data + places.index(r);
 #pragma unroll
         for (int i = 0; i < kCount; i += 2, from += 8 * places.stride) {
           if (contains(r, i)) scores[r][i] += bias_of(from);
           if (contains(r, i + 1)) scores[r][i + 1] += bias_of(from + places.stride);
         }
       }
+    } else if (has_aligned_pairs<decltype(type), kAlongKeys ? kRows * kCount : 0>(mask, places.stride)) {
+      struct alignas(2 * sizeof(type)) Pair {
+        decltype(type) element[2];
+      };
+#pragma unroll
+      for (int r = 0; r < kRows; ++r)
+#pragma unroll
+        for (int i = 0; i < kCount; i += 2) {
+          const Pair pair = *reinterpret_cast<const Pair*>(data + places.index(r) + 4 * i);
+#pragma unroll
+          for (int e = 0; e < 2; ++e) scores[r][i + e] += bias_of(&pair.element[e]);
+        }
     } else {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        const auto* from = data + places.index[r];
+        const auto* from = data + places.index(r);
 #pragma unroll
         for (int i = 0; i < kCount; i += 2, from += 8 * places.stride) {
           scores[r][i] += bias_of(from);
@@ -130,11 +152,11 @@ TA_DEVICE void cap_scores(float (&scores)[kRows][kCount], const ScoreMod<Math<fl
   }
 }
 
-// What follows softcap and scale. distance(r, i): between position and key.
-template <int kRows, int kCount, class Contains, class Distance>
-TA_DEVICE void finish_scores(float (&scores)[kRows][kCount], const HeadScore<float>& score,
-                             const MaskPlaces<kRows>& places, const BoolRows<kRows, kCount>& bool_rows, bool tested,
-                             const Contains& contains, const Distance& distance) {
+// What follows softcap and scale; kAlongKeys as in add_mask. distance(r, i): between position and key.
+template <bool kAlongKeys, int kRows, int kCount, class Contains, class Distance>
+TA_DEVICE void finish_scores(float (&scores)[kRows][kCount], const HeadScore<float>& score, const MaskPlaces& places,
+                             const BoolRows<kRows, kCount>& bool_rows, bool tested, const Contains& contains,
+                             const Distance& distance) {
   if (tested) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
@@ -149,7 +171,7 @@ TA_DEVICE void finish_scores(float (&scores)[kRows][kCount], const HeadScore<flo
       for (int i = 0; i < kCount; ++i)
         scores[r][i] += score.mod.slope * ScoreMod<Math<float>>::alibi_derivative(distance(r, i));
   }
-  if (score.mask.data) add_mask(scores, score.mask, places, bool_rows, tested, contains);
+  if (score.mask.data) add_mask<kAlongKeys>(scores, score.mask, places, bool_rows, tested, contains);
 }
 
 // A tile whose rows are queries: those of the lane are `row` and every eighth from there on, the keys first +
@@ -159,15 +181,15 @@ struct QueryRows {
   const HeadScore<float>& score;
   int64_t row, first;
   bool tested;
-  MaskPlaces<kRows> places;
+  MaskPlaces places;
 
   TA_DEVICE QueryRows(const HeadScore<float>& score_, int64_t row_, int64_t first_, bool tested_)
-      : score(score_), row(row_), first(first_), tested(tested_) {
-    places.stride = score.mask.key_stride;
-#pragma unroll
-    for (int r = 0; r < kRows; ++r)
-      places.index[r] = (row + 8 * r) * score.mask.row_stride + first * score.mask.key_stride;
-  }
+      : score(score_),
+        row(row_),
+        first(first_),
+        tested(tested_),
+        places{row_ * score.mask.row_stride + first_ * score.mask.key_stride, 8 * score.mask.row_stride,
+               score.mask.key_stride} {}
   TA_DEVICE BoolRows<kRows, kCount> bool_rows() const { return {score.mask, places, tested}; }
   TA_DEVICE float to_first(int r) const { return static_cast<float>(first - score.band.position(row + 8 * r)); }
 
@@ -179,7 +201,7 @@ struct QueryRows {
       if (tested) attended[r] = TileRange::keys_of_row(score, row + 8 * r, first, 4 * kCount);
       distance[r] = to_first(r);
     }
-    finish_scores(
+    finish_scores<true>(
         scores, score, places, bool_rows, tested, [&](int r, int i) { return attended[r].contains(column_of_lane(i)); },
         [&](int r, int i) { return distance[r] + static_cast<float>(column_of_lane(i)); });
   }
@@ -190,17 +212,16 @@ struct QueryRows {
 template <int kRows, int kCount>
 TA_DEVICE void finish_scores_of_keys(float (&scores)[kRows][kCount], const HeadScore<float>& score, int64_t key,
                                      int64_t row, bool tested) {
-  MaskPlaces<kRows> places;
-  places.stride = score.mask.row_stride;
+  const MaskPlaces places = {row * score.mask.row_stride + key * score.mask.key_stride, 8 * score.mask.key_stride,
+                             score.mask.row_stride};
   TileRange attending[kRows];
   float distance[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    places.index[r] = row * score.mask.row_stride + (key + 8 * r) * score.mask.key_stride;
     if (tested) attending[r] = TileRange::rows_of_key(score, key + 8 * r, row, 4 * kCount);
     distance[r] = static_cast<float>(key + 8 * r - score.band.offset - row);
   }
-  finish_scores(
+  finish_scores<false>(
       scores, score, places, {}, tested, [&](int r, int i) { return attending[r].contains(column_of_lane(i)); },
       [&](int r, int i) { return distance[r] - static_cast<float>(column_of_lane(i)); });
 }

@@ -81,7 +81,7 @@ TA_DEVICE void scores_of_row(float (&scores)[1][kMapLaneKeys], MapAccumulators& 
                              const HeadScore<float>& score, int64_t row, int64_t first, bool tested) {
   const QueryRows<1, kMapLaneKeys> rows(score, row, first, tested);
   capped_half(scores, x, half, score);
-  rows.finish(scores, rows.bool_rows());
+  rows.finish(scores, {});  // reading boolean masks ahead takes registers that the maps' options have
 }
 
 // The same of tiles whose rows are keys: the scores of key `key` with the query rows row + column_of_lane(i), which may
@@ -90,9 +90,9 @@ TA_DEVICE void scores_of_key(float (&scores)[1][kMapLaneKeys], MapAccumulators& 
                              const MapScore<float>& score, int64_t key, int64_t row, bool tested) {
   capped_half(scores, x, half, score);
   if (!score.selected()) return finish_scores_of_keys(scores, score, key, row, tested);
-  const MaskPlaces<1> places = {{row * score.mask.row_stride + key * score.mask.key_stride}, score.mask.row_stride};
+  const MaskPlaces places = {row * score.mask.row_stride + key * score.mask.key_stride, 0, score.mask.row_stride};
   const auto row_of = [&](int i) { return row + column_of_lane(i); };
-  finish_scores(
+  finish_scores<false>(
       scores, score, places, {}, tested,
       [&](int, int i) { return row_of(i) < score.query_length && score.band.attends(row_of(i), key); },
       [&](int, int i) { return static_cast<float>(key - score.band.position(row_of(i))); });

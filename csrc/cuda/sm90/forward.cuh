@@ -1,6 +1,7 @@
 // The forward pass on Hopper's warpgroup matrix instructions, for scaled scores with a band mask (causal, windows, key
-// lengths): one block per 64 query rows of each of its warpgroups. Keys and values stream through two buffers each;
-// while one warpgroup is at its softmax, the tensor cores are another's (Shah et al. 2024, "FlashAttention-3", §3.1).
+// lengths): one block per 64 query rows of each of its warpgroups. Keys and values stream through buffers; while a
+// warpgroup is at a step's softmax, the tensor cores are at its last step's output, or at another warpgroup's products
+// (Shah et al. 2024, "FlashAttention-3", §3.2).
 #pragma once
 
 #include "../launch.h"
@@ -28,15 +29,17 @@ using sm80::TileRange;
 constexpr int kWarpgroup = 128;     // threads
 constexpr int kWarpgroupRows = 64;  // of wgmma
 constexpr int kPartColumns = 64;    // of a line of 128 bytes
-constexpr int kCopiers = 2 * kWarpgroup;
 
-// Registers bound the warpgroups: the scores take kKeys / 2 of a thread's, the output kDim / 2, the weights kKeys / 4.
+// Registers bound the keys of a step: its scores take kKeys / 2 of a thread's 255, its weights kKeys / 4, the output
+// kDim / 2. On an H200, bfloat16, full attention in TFLOP/s: 64 columns 318 so (length 4096), with two warpgroups in
+// one block 266, with three 198; 128 columns 400 so, with two stages in place of three 354, with 96 keys 392.
 template <int kDim>
 struct ForwardShape {
-  static constexpr int kWarpgroups = kDim <= 64 ? 3 : 2;
-  static constexpr int kThreads = kWarpgroups * kWarpgroup;
-  static constexpr int kRows = kWarpgroups * kWarpgroupRows;
+  static constexpr int kWarpgroups = kDim <= 64 ? 1 : 2;
+  static constexpr int kBlocks = kDim <= 64 ? 2 : 1;  // of a multiprocessor
   static constexpr int kKeys = 128;
+  static constexpr int kStages = 3;  // steps whose keys and values are in shared memory or on their way there
+  static constexpr int kThreads = kWarpgroups * kWarpgroup, kRows = kWarpgroups * kWarpgroupRows;
 };
 
 // Rows of kDim elements, cut into parts whose lines are those of wgmma; Tile's permutation of a line's pieces is the
@@ -47,12 +50,12 @@ struct Operand {
 
   static constexpr int kLine = 128, kGroup = 8 * kLine, kPart = kRows * kLine;
 
-  // By the block's first kCopiers threads.
+  template <int kThreads>
   TA_DEVICE void copy(const Rows<T>& rows, int64_t row) {
     Rows<T> columns = rows;
-#pragma unroll
-    for (auto& tile : part) {
-      copy_tile<kCopiers>(tile, columns, row);
+#pragma unroll 1
+    for (auto& tile : part) {  // not unrolled: its addresses would take registers that are spilled
+      copy_tile<kThreads>(tile, columns, row);
       columns.data += kPartColumns;
       columns.columns -= kPartColumns;
     }
@@ -73,37 +76,33 @@ template <class T, int kDim>
 struct ForwardShared {
   using Shape = ForwardShape<kDim>;
   Operand<T, Shape::kRows, kDim> query;
-  Operand<T, Shape::kKeys, kDim> key[2], value[2];
+  Operand<T, Shape::kKeys, kDim> key[Shape::kStages], value[Shape::kStages];
 };
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(ForwardShape<kDim>::kThreads, 1)
+__global__ void __launch_bounds__(ForwardShape<kDim>::kThreads, ForwardShape<kDim>::kBlocks)
     forward_kernel(const __grid_constant__ AttentionProblem p, const __grid_constant__ ForwardOutputs out) {
 #if TA_HAS_WGMMA
   using Shape = ForwardShape<kDim>;
   using Softmax = OnlineSoftmax<Math<float>>;
-  constexpr int kKeys = Shape::kKeys, kGroups = kKeys / 8;
+  constexpr int kKeys = Shape::kKeys, kGroups = kKeys / 8, kStages = Shape::kStages,
+                kRows = kWarpgroupRows * Shape::kWarpgroups;
   const T type{};
   TA_DYNAMIC_SHARED(memory);
   auto& shared = *reinterpret_cast<ForwardShared<T, kDim>*>(memory);
 
-  const int tiles = static_cast<int>(ceil_div(p.query_length, Shape::kRows));
+  const int tiles = static_cast<int>(ceil_div(p.query_length, kRows));
   const int index = static_cast<int>(blockIdx.x), heads = static_cast<int>(p.heads);
-  const int row = (tiles - 1 - index % tiles) * Shape::kRows;  // the longest rows of a causal mask first
+  const int row = (tiles - 1 - index % tiles) * kRows;  // the longest rows of a causal mask first
   const int head = index / tiles % heads, batch = index / tiles / heads;
   const int queries = static_cast<int>(p.queries_of(batch));
   if (row >= queries) return;  // of a packed sequence shorter than others
-  const int row_end = row + Shape::kRows < queries ? row + Shape::kRows : queries;
+  const int row_end = row + kRows < queries ? row + kRows : queries;
   const int thread = static_cast<int>(threadIdx.x), lane = lane_index();
   const int group_row = thread / kWarpgroup * kWarpgroupRows, warp_row = thread / 32 * 16;
-  const bool copies = thread < kCopiers;
+  const int kv_head = head / static_cast<int>(p.group_size());
 
   const HeadScore<float> score(p, batch, head);
-  const int64_t kv_head = head / p.group_size(), keys = p.keys_of(batch), first_key = p.first_key(batch);
-  const Rows<T> query(p.query, batch, head, queries, p.head_dim, p.first_query(batch));
-  const Rows<T> key(p.key, batch, kv_head, keys, p.head_dim, first_key);
-  const Rows<T> value(p.value, batch, kv_head, keys, p.value_dim, first_key);
-
   // weight = 2^((x − maximum) · factor), where x is q·k.
   const float factor = score.mod.scale * kLog2E;
   const float sink = p.sinks.defined() ? per_head<float>(p.sinks, batch, head) / score.mod.scale : -INFINITY;
@@ -114,45 +113,52 @@ __global__ void __launch_bounds__(ForwardShape<kDim>::kThreads, 1)
   const KeyRange range = score.band.keys_of_any(row, row_end);
   const int begin = static_cast<int>(range.begin / kKeys * kKeys);
   const int steps = range.empty() ? 0 : static_cast<int>(ceil_div(range.end - begin, kKeys));
-  if (copies) {
-    shared.query.copy(query, row);
-    if (steps > 0) shared.key[0].copy(key, begin);
-  }
-  ptx::cp_async_commit();
-  if (copies && steps > 0) shared.value[0].copy(value, begin);
-  ptx::cp_async_commit();
-
-  for (int step = 0; step < steps; ++step) {
-    const int first = begin + step * kKeys;
-    ptx::cp_async_wait<1>();  // this step's keys, and the queries
+  // The copies of step n's keys and of the values before them; a step waits for both.
+  const auto copy_step = [&](int step) {
+    // Lengths and starts are asked for anew: registers are short in the loop.
+    const int64_t keys = p.keys_of(batch), first_key = p.first_key(batch);
+    if (step < steps)
+      shared.key[step % kStages].template copy<Shape::kThreads>(
+          Rows<T>(p.key, batch, kv_head, keys, p.head_dim, first_key), begin + step * kKeys);
+    if (step > 0 && step <= steps)
+      shared.value[(step - 1) % kStages].template copy<Shape::kThreads>(
+          Rows<T>(p.value, batch, kv_head, keys, p.value_dim, first_key), begin + (step - 1) * kKeys);
+    ptx::cp_async_commit();
+  };
+  const auto wait_for_step = [&] {
+    ptx::cp_async_wait<kStages - 2>();
     ptx::fence_shared_for_wgmma();
     __syncthreads();
-    if (copies && step + 1 < steps) shared.key[(step + 1) % 2].copy(key, first + kKeys);
-    ptx::cp_async_commit();
-
-    float x[kGroups][4];
-    ptx::wgmma_fence();
+  };
+  float x[kGroups][4], rescale[2];
+  uint32_t weights[kKeys / 16][4];
+  const auto multiply_keys = [&](int step) {  // x = queries · keysᵀ
 #pragma unroll
     for (int k = 0; k < kDim / 16; ++k)
-      ptx::wgmma(x, shared.query.rows(group_row, k), shared.key[step % 2].rows(0, k), k > 0, type);
+      ptx::wgmma(x, shared.query.rows(group_row, k), shared.key[step % kStages].rows(0, k), k > 0, type);
     ptx::wgmma_commit();
-    ptx::wgmma_wait<0>();
-    ptx::hold(x);
+  };
+  const auto multiply_values = [&](int step) {  // result += weights · values
+#pragma unroll
+    for (int k = 0; k < kKeys / 16; ++k) ptx::wgmma(result, weights[k], shared.value[step % kStages].columns(k), type);
+    ptx::wgmma_commit();
+  };
+  const auto softmax = [&](int step) {
+    const int first = begin + step * kKeys;
     if (!score.covered(row + group_row, row + group_row + kWarpgroupRows, first, first + kKeys)) {
 #pragma unroll
       for (int half = 0; half < 2; ++half)
         sm80::set_unattended(x, half, TileRange::keys_of_row(score, row + warp_row + 8 * half + lane / 4, first, kKeys),
                              -INFINITY);
     }
-
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float largest = maximum[half];
 #pragma unroll
       for (int n = 0; n < kGroups; ++n) largest = fmaxf(largest, fmaxf(x[n][2 * half], x[n][2 * half + 1]));
       largest = row_max(largest);
-      const float safe = Softmax::safe_maximum(largest);
-      const float rescale = maximum[half] == largest ? 1.0f : ptx::ex2_approx((maximum[half] - largest) * factor);
+      const float safe = Softmax::safe_maximum(largest) * factor;
+      rescale[half] = maximum[half] == largest ? 1.0f : ptx::ex2_approx((maximum[half] - largest) * factor);
       maximum[half] = largest;
       float total = 0;
 #pragma unroll
@@ -160,33 +166,58 @@ __global__ void __launch_bounds__(ForwardShape<kDim>::kThreads, 1)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float& element = x[n][2 * half + e];
-          element = ptx::ex2_approx(element * factor - safe * factor);
+          element = ptx::ex2_approx(element * factor - safe);
           total += element;
         }
-      sum[half] = sum[half] * rescale + total;
-#pragma unroll
-      for (int n = 0; n < kDim / 8; ++n) {
-        result[n][2 * half] *= rescale;
-        result[n][2 * half + 1] *= rescale;
-      }
+      sum[half] = sum[half] * rescale[half] + total;
     }
-    uint32_t weights[kKeys / 16][4];
+  };
+  const auto round_weights = [&](uint32_t (&rounded)[kKeys / 16][4]) {
 #pragma unroll
     for (int k = 0; k < kKeys / 16; ++k)
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        weights[k][i] = ptx::pack(x[2 * k + i / 2][i % 2 * 2], x[2 * k + i / 2][i % 2 * 2 + 1], type);
+        rounded[k][i] = ptx::pack(x[2 * k + i / 2][i % 2 * 2], x[2 * k + i / 2][i % 2 * 2 + 1], type);
+  };
 
-    ptx::cp_async_wait<1>();  // this step's values
-    ptx::fence_shared_for_wgmma();
-    __syncthreads();
-    if (copies && step + 1 < steps) shared.value[(step + 1) % 2].copy(value, first + kKeys);
-    ptx::cp_async_commit();
+  // While a step's weights are computed, the tensor cores multiply the last step's with their values.
+  shared.query.template copy<Shape::kThreads>(Rows<T>(p.query, batch, head, queries, p.head_dim, p.first_query(batch)),
+                                              row);
+#pragma unroll
+  for (int step = 0; step < kStages - 1; ++step) copy_step(step);
+  if (steps > 0) {
+    wait_for_step();
+    ptx::wgmma_fence();
+    multiply_keys(0);
+    copy_step(kStages - 1);
+    ptx::wgmma_wait<0>();
+    ptx::hold(x);
+    softmax(0);
+    round_weights(weights);
+    for (int step = 1; step < steps; ++step) {
+      wait_for_step();
+      ptx::hold(x);
+      ptx::hold(result);
+      ptx::wgmma_fence();
+      multiply_keys(step);
+      multiply_values(step - 1);
+      ptx::wgmma_wait<1>();
+      ptx::hold(x);
+      softmax(step);
+      ptx::hold(x);
+      copy_step(step + kStages - 1);  // its branches keep the compiler from moving the next wait up, before the softmax
+      ptx::wgmma_wait<0>();
+      ptx::hold(result);
+#pragma unroll
+      for (int n = 0; n < kDim / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) result[n][i] *= rescale[i / 2];
+      round_weights(weights);
+    }
+    wait_for_step();
     ptx::hold(result);
     ptx::wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < kKeys / 16; ++k) ptx::wgmma(result, weights[k], shared.value[step % 2].columns(k), type);
-    ptx::wgmma_commit();
+    multiply_values(steps - 1);
     ptx::wgmma_wait<0>();
     ptx::hold(result);
   }

@@ -27,7 +27,15 @@ struct KernelError : std::runtime_error {
 // A bug planted into a correct kernel, to test that it is noticed: every thread leaves out its nth call (from 0).
 // kWrongPhase waits for an mbarrier's other phase; kEarlyRelease arrives at it, for the race check, before what the
 // thread did since it last waited for one.
-enum class Fault { kNone, kSkipBlockBarrier, kSkipWarpBarrier, kSkipCopyWait, kWrongPhase, kEarlyRelease };
+enum class Fault {
+  kNone,
+  kSkipBlockBarrier,
+  kSkipWarpBarrier,
+  kSkipCopyWait,
+  kWrongPhase,
+  kEarlyRelease,
+  kSkipProductWait
+};
 
 struct Options {
   uint64_t seed = 0;  // 0: threads run in turn; otherwise a random ready thread runs next
