@@ -1,5 +1,5 @@
 // Which tier serves a call, and the order of the backward pass's kernels. Plain C++: no CUDA header.
-#include <atomic>
+#include <mutex>
 #include <stdexcept>
 
 #include "device_info.h"
@@ -13,11 +13,13 @@ namespace {
 
 const Tier* const kTiers[] = {&sm90::kTier, &sm80::kTier, &simt::kTier};
 
-std::atomic<const Tier*> forced_tier{nullptr};  // null: none
+std::mutex forced_tier_mutex;
+const Tier* forced_tier = nullptr;  // null: none
 
 // What a tier answers to a call, and what force_tier says to that.
 Plan with_forced_tier(const Tier* tier, Plan plan) {
-  const Tier* const forced = forced_tier.load();
+  const std::lock_guard<std::mutex> lock(forced_tier_mutex);
+  const Tier* const forced = forced_tier;
   if (plan.refusal.empty() && forced && forced != tier)
     plan.refusal = std::string("the tier ") + forced->name + " is forced";
   return plan;
@@ -129,6 +131,7 @@ void force_tier(const std::string& name) {
   for (const Tier* tier : kTiers)
     if (name == tier->name) found = tier;
   if (!found && !name.empty()) throw std::invalid_argument("there is no CUDA tier named " + name);
+  const std::lock_guard<std::mutex> lock(forced_tier_mutex);
   forced_tier = found;
 }
 

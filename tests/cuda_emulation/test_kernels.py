@@ -238,9 +238,25 @@ def test_each_tier_serves_or_says_why_not(device: Device) -> None:
     shifted = draw_call(Case("call"), torch.float16)
     shifted.key = torch.randn(2, 2, 37, 20).half()[..., 4:]
     assert "multiples of 16 bytes" in Run(device, shifted, (0, 0)).tiers()["sm80"]
+
+    def sm90(dtype: torch.dtype = torch.float16, **sizes: Any) -> str:
+        return Run(device, draw_call(Case("call", **sizes), dtype), (0, 0)).tiers()["sm90"]
+
+    assert sm90() == sm90(torch.bfloat16, head_dim=128, value_dim=8) == "+one kernel"
+    assert sm90(torch.float32) == "it takes float16 and bfloat16"
+    assert sm90(options={"softcap": 3.0}) == "it has no softcap, ALiBi, attn_mask, dropout or paged cache"
+    assert sm90(options={"scale": -1.0}) == "scale must be positive"
+    assert sm90(value_dim=136) == "head_dim and value_dim must be at most 128"
+    assert sm90(head_dim=20) == "head_dim and value_dim must be multiples of 8"
+    assert sm90(query_length=2, key_length=900) == "few rows want their keys split"
+    assert "multiples of 16 bytes" in Run(device, shifted, (0, 0)).tiers()["sm90"]
+    run = Run(device, draw_call(Case("call"), torch.float16), (0, 0))
+    run.forward()
+    run.backward()
+    assert run.backward_tiers["sm90"] == "it has no backward pass"
     device.force_tier("sm80")
     with pytest.raises(
-        KernelError, match="no CUDA kernel can serve this call .sm80: it takes float16, bfloat16 and float32; simt"
+        KernelError, match="no CUDA kernel can serve this call .*sm80: it takes float16, bfloat16 and float32; simt"
     ):
         run_on(device, draw_call(Case("call"), torch.float64), (0, 0))
     with pytest.raises(KernelError, match="there is no CUDA tier named sm1"):
@@ -309,7 +325,11 @@ KERNELS = [
     Kernel("key_value_gradient", "sm80", key_value_gradient),
     Kernel("all_gradients", "sm80", Run.backward, redundant_warp_barriers=FIRST, deterministic=False),
 ]
-BARRIERS = {"simt": 10, "sm80": 3, "sm90": 3}  # how many are tried: in simt's two products, and in one step and the next
+BARRIERS = {
+    "simt": 10,
+    "sm80": 3,
+    "sm90": 3,
+}  # how many are tried: in simt's two products, and in one step and the next
 
 
 def unnoticed(device: Device, run: Run, kernel: Kernel, fault: Fault, calls: int) -> frozenset[int]:
