@@ -46,10 +46,10 @@ TA_DEVICE void weights_and_gradients(float (&x)[1][kGroups][4], float (&grad)[1]
   for (int half = 0; half < 2; ++half)
     attended[half] =
         tested ? TileRange::rows_of_key(score, key + 8 * half + lane / 4, row, kRows) : TileRange{0, kRows};
+  uint32_t kept = ~0u;
 #pragma unroll
   for (int n = 0; n < kGroups; ++n) {
-    uint32_t kept = ~0u;
-    if (kFull && score.dropout_on) kept = kept_of_key_rows(score, key, row + 8 * n);
+    if (kFull && score.dropout_on && n % 2 == 0) kept = kept_of_key_rows(score, key, row + 8 * n);
     float weight[4];  // [half: key][e: query row]
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
@@ -64,9 +64,9 @@ TA_DEVICE void weights_and_gradients(float (&x)[1][kGroups][4], float (&grad)[1]
         if (kFull) {
           const float capped = score.mod.capped(x[0][n][i]);
           weight[i] = stats.weight(full_score(score, capped, row + r, k, is_attended));
-          gradient =
-              weight[i] * (score.dropped(gradient, kept >> i & 1) - stats.delta) * score.mod.capped_derivative(capped);
-          if (!(kept >> i & 1)) weight[i] = 0;
+          gradient = weight[i] * (score.dropped(gradient, is_kept(kept, n, i)) - stats.delta) *
+                     score.mod.capped_derivative(capped);
+          if (!is_kept(kept, n, i)) weight[i] = 0;
         } else {
           weight[i] = is_attended ? stats.plain_weight(x[0][n][i], factor) : 0.0f;
           gradient = weight[i] * (gradient - stats.delta);

@@ -88,10 +88,10 @@ __global__ void __launch_bounds__(kThreads)
     for (int half = 0; half < 2; ++half)
       attended[half] = tested ? TileRange::keys_of_row(score, row + warp_row + 8 * half + lane / 4, first, Shape::kStep)
                               : TileRange{0, Shape::kStep};
+    uint32_t kept = ~0u;
 #pragma unroll
     for (int n = 0; n < kGroups; ++n) {
-      uint32_t kept = ~0u;
-      if (kFull && score.dropout_on) kept = kept_of_query_rows(score, row + warp_row, first + 8 * n);
+      if (kFull && score.dropout_on && n % 2 == 0) kept = kept_of_query_rows(score, row + warp_row, first + 8 * n);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int half = e / 2, k = 8 * n + 2 * (lane % 4) + e % 2;
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kThreads)
           const int64_t r = row + warp_row + 8 * half + lane / 4;
           const float capped = score.mod.capped(element);
           const float weight = rows[half].weight(full_score(score, capped, r, first + k, is_attended));
-          const float grad_score = weight * (score.dropped(grad[0][n][e], kept >> e & 1) - rows[half].delta);
+          const float grad_score = weight * (score.dropped(grad[0][n][e], is_kept(kept, n, e)) - rows[half].delta);
           if (t.grad_alibi_slopes) grad_slope[half] += grad_score * score.alibi_derivative(r, first + k);
           element = grad_score * score.mod.capped_derivative(capped);
         } else {
