@@ -144,7 +144,7 @@ class PhiloxPanel {
       const WideVec product1 = multiply_low_halves(c[2], Philox4x32::kMultiplier1);
       c[0] = xor_of(product1 >> 32, c[1], keys_[3][0]);
       c[1] = product1;
-      c[2] = upper_halves(product0) ^ groups.round4_word2[i];
+      c[2] = (product0 >> 32) ^ groups.round4_word2[i];
       c[3] = product0;
     });
 #pragma GCC unroll 2

@@ -14,18 +14,6 @@ TA_INLINE WideVec xor_of(WideVec a, WideVec b, WideVec c) {
 #endif
 }
 
-// a's upper halves in the lower ones, and anything above: a shuffle, where a shift would compete for a port with the
-// multiplications. AVX-512 has one port for each.
-TA_INLINE WideVec upper_halves(WideVec a) {
-#if defined(__AVX512F__)
-  return (WideVec)_mm512_shuffle_epi32((__m512i)a, static_cast<_MM_PERM_ENUM>(0xF5));
-#elif defined(__AVX2__)
-  return (WideVec)_mm256_shuffle_epi32((__m256i)a, 0xF5);
-#else
-  return a >> 32;
-#endif
-}
-
 // One round for the counters of a vector, one per 64-bit lane. Only the lower half of each lane counts; upper halves
 // hold leftovers that the multiplication ignores.
 TA_INLINE void philox_round(WideVec (&counter)[4], WideVec key0, WideVec key1) {
@@ -33,7 +21,7 @@ TA_INLINE void philox_round(WideVec (&counter)[4], WideVec key0, WideVec key1) {
   const WideVec product1 = multiply_low_halves(counter[2], Philox4x32::kMultiplier1);
   counter[0] = xor_of(product1 >> 32, counter[1], key0);
   counter[1] = product1;
-  counter[2] = xor_of(upper_halves(product0), counter[3], key1);
+  counter[2] = xor_of(product0 >> 32, counter[3], key1);
   counter[3] = product0;
 }
 
