@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .reference import dropout_scale
+
 
 class HeadsAndMask(NamedTuple):
     """What the kernel is called with: q (N, H, L, D), k and v (N, H, S, D) with the appended keys, and their mask."""
@@ -385,5 +387,4 @@ def _attention_with_weights(
     batch, num_heads, query_length, key_length = weights.shape
     keep = torch.ops.torch_attn.dropout_keep_mask(rng_state, batch, num_heads, query_length, key_length, dropout_p)
     kept = weights * keep
-    kept_scale = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
-    return out, (kept.mean(1) if average else kept) * kept_scale
+    return out, (kept.mean(1) if average else kept) * dropout_scale(dropout_p)

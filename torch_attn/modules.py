@@ -20,7 +20,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     Args:
         embed_dim: total dimension of the model, E.
         num_heads: number of heads H; each has dimension E / H.
-        dropout: probability of dropping an attention weight in training.
+        dropout: probability of dropping an attention weight in training, rounded to a multiple of 2⁻¹⁶.
         bias: add a bias to the input and output projections.
         add_bias_kv: append a learned key and value to the sequences.
         add_zero_attn: append a key and a value of zeros to the sequences.

@@ -122,6 +122,13 @@ def logits(
     return scores
 
 
+def dropout_scale(dropout_p: float) -> float:
+    """What a kept weight is multiplied by: 1 / (1 − p), for the multiple of 2⁻¹⁶ that is nearest to ``dropout_p``. With
+    p = 1 none is kept, and any number serves."""
+    p = math.floor(dropout_p * 65536.0 + 0.5) / 65536.0
+    return 1.0 / (1.0 - p) if p < 1.0 else 1.0
+
+
 def attention(
     query: Tensor,
     key: Tensor,
@@ -171,7 +178,7 @@ def attention(
         logsumexp = torch.full_like(logsumexp, -math.inf)
     weights = weights[..., :key_length]
     if keep_mask is not None:
-        weights = weights * keep_mask / (1 - dropout_p) if dropout_p < 1 else weights * 0
+        weights = weights * keep_mask * dropout_scale(dropout_p)
     return weights.to(value.dtype) @ value, logsumexp, weights
 
 

@@ -2,7 +2,8 @@
 // (batch, head, row, key), so that backward replays it and no tiling or thread count changes it. Used by every kernel,
 // and by the op that writes the bits out for the composite path and the tests.
 //
-// Generator: Philox4x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), 10 rounds as in PyTorch.
+// Generator: Philox4x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"). 7 rounds are the fewest
+// that pass BigCrush (their table 2), and what dropout takes, as FlashAttention does; PyTorch's 10 cost 40 % more.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +13,6 @@
 namespace torch_attn {
 
 struct Philox4x32 {
-  static constexpr int kRounds = 10;
   static constexpr uint32_t kMultiplier0 = 0xD2511F53u, kMultiplier1 = 0xCD9E8D57u;
   static constexpr uint32_t kWeyl0 = 0x9E3779B9u, kWeyl1 = 0xBB67AE85u;
 
@@ -20,6 +20,7 @@ struct Philox4x32 {
     uint32_t word[4];
   };
 
+  template <int kRounds>
   TA_HOST_DEVICE static Words generate(Words counter, uint32_t key0, uint32_t key1) {
     for (int round = 0; round < kRounds; ++round) {
       const uint64_t product0 = uint64_t{kMultiplier0} * counter.word[0];
@@ -33,31 +34,51 @@ struct Philox4x32 {
   }
 };
 
-// Four consecutive keys share one Philox call. The counter holds (key / 4, row, batch_head, 0) as 32-bit words, where
-// batch_head is AttentionProblem::dropout_batch_head, plus the offset as a 64-bit number added to words 2 and 3; the
-// Philox key is the seed. Lengths and B · Hq are below 2^32.
+// A weight takes 16 bits, and one Philox call serves two consecutive rows × four consecutive keys. Its counter holds
+// (key / 4, row / 2, batch_head, 0) as 32-bit words, where batch_head is AttentionProblem::dropout_batch_head, plus the
+// offset as a 64-bit number added to words 2 and 3; the Philox key is the seed. Lengths and B · Hq are below 2^32.
+//
+// Word 2 · (key % 4 / 2) + 1 − row % 2 is that of the weight: an even and an odd row are the lower and the upper half
+// of one of the last round's 64-bit products, so that vectors whose lanes are rows need no shuffle, and four lanes that
+// hold a fragment of tensor cores share calls along rows as along keys. An odd key takes the word's upper half.
 struct Dropout {
   uint64_t seed;
   uint64_t offset;
-  uint32_t threshold;  // a weight is dropped when its 32-bit word is below this
+  int32_t limit;  // see keeps
 
-  static constexpr int kKeysPerCall = 4;
+  static constexpr int kRounds = 7;
+  static constexpr int kKeysPerCall = 4, kRowsPerCall = 2;
+  static constexpr int64_t kResolution = 65536;
 
-  TA_HOST_DEVICE static Dropout make(double p, uint64_t seed, uint64_t offset) {
-    return {seed, offset, p < 1 ? static_cast<uint32_t>(p * 4294967296.0) : 0xFFFFFFFFu};
+  // Probabilities are multiples of 1 / kResolution; the nearest one is meant. One that rounds to 0 drops nothing.
+  TA_HOST_DEVICE static double rounded(double p) {
+    return static_cast<double>(static_cast<int64_t>(p * kResolution + 0.5)) / kResolution;
   }
-  // What a kept weight is multiplied by. p = 1 drops everything: a factor of 0, whatever the bits say.
-  TA_HOST_DEVICE static double keep_scale(double p) { return p < 1 ? 1 / (1 - p) : 0; }
+  // p must not round to 0: a call without dropout has no bits.
+  TA_HOST_DEVICE static Dropout make(double p, uint64_t seed, uint64_t offset) {
+    const auto dropped = static_cast<int64_t>(rounded(p) * kResolution);  // of kResolution values
+    return {seed, offset, static_cast<int32_t>((dropped - kResolution / 2) * kResolution - 1)};
+  }
+  // What a kept weight is multiplied by, so that its expectation is the weight. With p = 1 none is kept, and any finite
+  // number serves.
+  TA_HOST_DEVICE static double keep_scale(double p) { return rounded(p) < 1 ? 1 / (1 - rounded(p)) : 1; }
 
   TA_HOST_DEVICE Philox4x32::Words counter(int64_t batch_head, int64_t row, int64_t key) const {
     const uint64_t high = offset + static_cast<uint64_t>(batch_head);
-    return {{static_cast<uint32_t>(key / kKeysPerCall), static_cast<uint32_t>(row), static_cast<uint32_t>(high),
-             static_cast<uint32_t>(high >> 32)}};
+    return {{static_cast<uint32_t>(key) / kKeysPerCall, static_cast<uint32_t>(row) / kRowsPerCall,
+             static_cast<uint32_t>(high), static_cast<uint32_t>(high >> 32)}};
   }
-  TA_HOST_DEVICE bool keep(int64_t batch_head, int64_t row, int64_t key) const {
-    const auto words = Philox4x32::generate(counter(batch_head, row, key), static_cast<uint32_t>(seed),
-                                            static_cast<uint32_t>(seed >> 32));
-    return words.word[key % kKeysPerCall] >= threshold;
+  // The call that (row, key) takes part in.
+  TA_HOST_DEVICE Philox4x32::Words words(int64_t batch_head, int64_t row, int64_t key) const {
+    return Philox4x32::generate<kRounds>(counter(batch_head, row, key), static_cast<uint32_t>(seed),
+                                         static_cast<uint32_t>(seed >> 32));
+  }
+  // bits: 16 of them in the upper half, and anything below. As signed numbers, of which vectors compare faster.
+  TA_HOST_DEVICE bool keeps(uint32_t bits) const { return static_cast<int32_t>(bits) > limit; }
+  // Of the row and key with these remainders in their call.
+  TA_HOST_DEVICE bool keeps(const Philox4x32::Words& call, int row, int key) const {
+    const uint32_t word = call.word[key / 2 * 2 + 1 - row];
+    return keeps(key % 2 == 0 ? word << 16 : word);
   }
 };
 

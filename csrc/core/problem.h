@@ -73,7 +73,7 @@ struct AttentionProblem {
   const int64_t* query_rows = nullptr;
   int64_t full_query_length = 0;
 
-  // See dropout.h. The seed and offset come from the op's rng_state.
+  // See dropout.h: dropout_p is one of Dropout::rounded's. The seed and offset come from the op's rng_state.
   double dropout_p = 0.0;
   uint64_t philox_seed = 0;
   uint64_t philox_offset = 0;

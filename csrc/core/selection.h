@@ -30,6 +30,7 @@ struct SelectionNoise {
   uint64_t seed;
   uint64_t offset;
 
+  static constexpr int kRounds = 10;     // of Philox; noise is not what a draw spends its time on
   static constexpr int kGroupKeys = 32;  // groups start at multiples of this
   static constexpr int kGroupsPerCall = 2;
   static constexpr int kKeysPerCall = 4;
@@ -46,7 +47,7 @@ struct SelectionNoise {
     return counter(0xC0000000u | static_cast<uint32_t>(key / kKeysPerCall), batch_head, row, 0);
   }
   TA_HOST_DEVICE Philox4x32::Words words(Philox4x32::Words counter) const {
-    return Philox4x32::generate(counter, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+    return Philox4x32::generate<kRounds>(counter, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
   }
 
   // At least one.

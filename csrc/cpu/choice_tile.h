@@ -127,8 +127,8 @@ TA_NOINLINE void race(const ChoiceTile<Real>& tile, const SelectionNoise& noise,
 #pragma GCC unroll 4
     for (int n = 0; n < kVectors; ++n) {
       const int lane = n * n_lanes;
-      const RowWords<Real> words(noise.group_counter(tile.batch_head, tile.row + lane, first_group, sample),
-                                 noise.seed);
+      const NoiseWords<Real> words(noise.group_counter(tile.batch_head, tile.row + lane, first_group, sample),
+                                   noise.seed);
       Vec<Real> best = load(leaders.lead + sample * leaders.lanes + lane) / load(tile.rescale + lane);
       for (int64_t group = tile.begin / group_keys; group * group_keys < tile.end; ++group) {
         const int word = static_cast<int>(group % SelectionNoise::kGroupsPerCall) * 2;
@@ -193,7 +193,7 @@ TA_NOINLINE void rank(const ChoiceTile<Real>& tile, const SelectionNoise& noise,
     }
     for (int64_t first = round_down(tile.begin, step); first < tile.end; first += step) {
       if constexpr (kNoise) {
-        const RowWords<Real> words(noise.key_counter(tile.batch_head, tile.row + lane, tile.key + first), noise.seed);
+        const NoiseWords<Real> words(noise.key_counter(tile.batch_head, tile.row + lane, tile.key + first), noise.seed);
 #pragma GCC unroll 4
         for (int i = 0; i < step; ++i) {
           const int64_t j = first + i;
@@ -219,13 +219,13 @@ TA_NOINLINE void add_candidate(SelectionRule rule, const SelectionNoise& noise, 
   const Vec<Real> distance = score - OnlineSoftmax<Math>::safe_maximum(maximum);
   if (rule == SelectionRule::kHighest) return insert(leaders, 0, score, score, index);
   if (rule == SelectionRule::kWithoutReplacement) {
-    const RowWords<Real> words(noise.key_counter(batch_head, row, keys), noise.seed);
+    const NoiseWords<Real> words(noise.key_counter(batch_head, row, keys), noise.seed);
     const Vec<Real> e = exponential_of(words, static_cast<int>(keys % SelectionNoise::kKeysPerCall));
     return insert(leaders, 0, distance - NoiseMath<Real>::log(e), score, index);
   }
   const int64_t group = SelectionNoise::groups(keys);
   for (int64_t sample = 0; sample < leaders.places; ++sample) {
-    const RowWords<Real> words(noise.group_counter(batch_head, row, group, sample), noise.seed);
+    const NoiseWords<Real> words(noise.group_counter(batch_head, row, group, sample), noise.seed);
     const Vec<Real> e = exponential_of(words, static_cast<int>(group % SelectionNoise::kGroupsPerCall) * 2);
     Real* scores = leaders.score + sample * leaders.lanes;
     const IntVec<Real> leads = e / Math::exp(distance) < load(leaders.lead + sample * leaders.lanes);

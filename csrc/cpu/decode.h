@@ -143,8 +143,15 @@ struct Decode {
   }
 
   void drop(int64_t batch_head, int64_t row, int64_t key, int64_t keys, Real* weights) const {
+    constexpr int64_t kGroup = Dropout::kKeysPerCall;
     const Real keep_scale = static_cast<Real>(Dropout::keep_scale(p.dropout_p));
-    for (int64_t j = 0; j < keys; ++j) weights[j] *= dropout.keep(batch_head, row, key + j) ? keep_scale : Real{0};
+    const int row_in_call = static_cast<int>(row % Dropout::kRowsPerCall);
+    for (int64_t group = round_down(key, kGroup); group < key + keys; group += kGroup) {
+      const auto call = dropout.words(batch_head, row, group);
+      for (int64_t j = larger(group, key); j < smaller(group + kGroup, key + keys); ++j) {
+        weights[j - key] *= dropout.keeps(call, row_in_call, static_cast<int>(j - group)) ? keep_scale : Real{0};
+      }
+    }
   }
 
   // Merges the pieces of one (batch, key/value head), into the first, and writes its rows out.

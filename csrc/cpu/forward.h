@@ -19,10 +19,10 @@ constexpr int64_t kFewQueries = 16;  // see key_value_rows
 
 // The softmax stage: scores, here divided by score_factor, become weights (not yet divided by their sum), in place, and
 // the running sum is brought up to date. maximum is the new maximum, old_maximum what it was before this tile, divided
-// alike; rescale gets the factor for the output.
-template <class Real, int kVectors>
-TA_NOINLINE void softmax_tile(int64_t begin, int64_t end, Real score_factor, Real* scores, const Real* old_maximum,
-                              const Real* maximum, Real* sum, Real* rescale) {
+// alike; rescale gets the factor for the output. With dropout, kept[key · kVectors + vector] says which weights stay.
+template <class Real, int kVectors, bool kDropout>
+TA_NOINLINE void softmax_tile(int64_t begin, int64_t end, Real score_factor, Real* scores, const Kept<Real>* kept,
+                              const Real* old_maximum, const Real* maximum, Real* sum, Real* rescale) {
   using Math = VectorMath<Real>;
   using Softmax = OnlineSoftmax<Math>;
   constexpr int n_lanes = kLanes<Real>, width = kVectors * n_lanes;
@@ -40,7 +40,11 @@ TA_NOINLINE void softmax_tile(int64_t begin, int64_t end, Real score_factor, Rea
       Real* place = scores + j * width + n * n_lanes;
       const Vec<Real> weight = Math::exp(load(place) - subtracted[n], score_factor);
       tile_sum[n] += weight;
-      store(place, weight);
+      if constexpr (kDropout) {
+        store(place, kept_of(weight, kept[j * kVectors + n]));
+      } else {
+        store(place, weight);
+      }
     }
   }
 #pragma GCC unroll 4
@@ -71,7 +75,8 @@ struct Forward {
     Panels panels;
     Real *query, *out;                            // panels: [lane offset · dim][dim][lane]
     Real *maximum, *old_maximum, *sum, *rescale;  // [lane]
-    Real *scores, *keep, *bias, *staging;         // one tile
+    Real *scores, *bias, *staging;                // one tile
+    Kept<Real>* kept;                             // of the same tile
   };
 
   void run(int64_t item, Scratch& scratch) const {
@@ -92,7 +97,7 @@ struct Forward {
     for (Real** array : {&block.maximum, &block.old_maximum, &block.sum, &block.rescale})
       *array = scratch.take<Real>(lanes);
     block.scores = scratch.take<Real>(tile);
-    block.keep = scratch.take<Real>(p.dropout_p > 0 ? tile : 0);
+    block.kept = scratch.take<Kept<Real>>(p.dropout_p > 0 ? tile / kLanes<Real> : 0);
     block.bias = scratch.take<Real>(stage.mask ? tile : 0);
     block.staging = scratch.take<Real>(stage.mask ? tile : 0);
     Real* key_scratch = scratch.take<Real>(kForwardKeys * p.head_dim);
@@ -154,10 +159,16 @@ struct Forward {
     score_tile<Real, kVectors, true>(stage, bias, span, p.head_dim, key_rows, block.query + offset * p.head_dim, row,
                                      key, block.scores, nullptr, maximum);
     prefetch_next_bias(stage.mask_rows, block.row, block.rows, offset, width, key, keys);
-    softmax_tile<Real, kVectors>(span.begin, span.end, stage.score_factor(), block.scores, old_maximum, maximum,
-                                 block.sum + offset, rescale);
+    const auto softmax = [&]<bool kDropout>() TA_INLINE_LAMBDA {
+      softmax_tile<Real, kVectors, kDropout>(span.begin, span.end, stage.score_factor(), block.scores, block.kept,
+                                             old_maximum, maximum, block.sum + offset, rescale);
+    };
     if (p.dropout_p > 0) {
-      drop<kVectors>(block, row, key, span);
+      dropout_tile<Real, kVectors>(dropout, p.dropout_batch_head(block.batch, block.head), row, key + span.begin,
+                                   span.end - span.begin, block.kept + span.begin * kVectors);
+      softmax.template operator()<true>();
+    } else {
+      softmax.template operator()<false>();
     }
     if (in_place) prefetch_rows(key_rows, keys, keys, p.head_dim);
     combine_rows<Real, kVectors, true>(p.value_dim, span.end - span.begin,
@@ -165,26 +176,15 @@ struct Forward {
                                        block.scores + span.begin * width, block.out + offset * p.value_dim, rescale);
   }
 
-  template <int kVectors>
-  TA_NOINLINE void drop(const Block& block, int64_t row, int64_t key, const KeySpan& span) const {
-    constexpr int64_t width = kVectors * kLanes<Real>;
-    const int64_t count = span.end - span.begin;
-    dropout_tile<Real, kVectors>(dropout, static_cast<Real>(Dropout::keep_scale(p.dropout_p)),
-                                 p.dropout_batch_head(block.batch, block.head), row, key + span.begin, count,
-                                 block.keep);
-    Real* weights = block.scores + span.begin * width;
-    for (int64_t i = 0; i < count * width; i += kLanes<Real>)
-      store(weights + i, load(weights + i) * load(block.keep + i));
-  }
-
   void finish(const Block& block, Real score_factor, Scratch& scratch) const {
     using Softmax = OnlineSoftmax<VectorMath<Real>>;
     constexpr int n_lanes = kLanes<Real>;
+    const Real keep_scale = p.dropout_p > 0 ? static_cast<Real>(Dropout::keep_scale(p.dropout_p)) : Real{1};
     Real* rows = scratch.take<Real>(kMaxVectors * n_lanes * round_up(p.value_dim, n_lanes));
     for (int64_t i = 0; i < block.panels.lanes; i += n_lanes) {
       const Vec<Real> sum = load(block.sum + i);
       store(block.maximum + i, Softmax::logsumexp(load(block.maximum + i) * score_factor, sum));
-      store(block.sum + i, Softmax::inverse_sum(sum));
+      store(block.sum + i, Softmax::inverse_sum(sum) * keep_scale);
     }
     Real* logsumexp = static_cast<Real*>(outputs.logsumexp) + p.first_row(block.batch, block.head) + block.row;
     __builtin_memcpy(logsumexp, block.maximum, block.rows * sizeof(Real));

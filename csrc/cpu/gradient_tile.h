@@ -2,19 +2,19 @@
 // and mask_gradient.h.
 #pragma once
 
-#include "dropout_tile.h"
 #include "row_block.h"
 
 namespace torch_attn::cpu::TORCH_ATTN_ISA {
 
 // In: weights holds s, the scores divided by score_factor, gradients holds g = grad_out·value. Out: the weights after
 // dropout, and the gradient
-//   P · (keep · g − delta) · derivative · factor,  P = exp(s · score_factor − logsumexp) · weight_scale.
-// keep, derivative and weight_scale are null where they are 1; kPlain says that all are.
+//   P · (keep · g − delta) · derivative · factor,  P = exp(s · score_factor − logsumexp) · weight_scale,
+// where keep is dropout's scale or 0. dropout.kept, derivative and weight_scale are null where they are 1; kPlain says
+// that all are.
 template <class Real, int kVectors, bool kPlain>
 TA_NOINLINE void weights_and_gradients(int64_t begin, int64_t end, Real score_factor, Real* weights, Real* gradients,
                                        const Real* logsumexp, const Real* delta, Real factor, const Real* weight_scale,
-                                       const Real* keep, const Real* derivative) {
+                                       KeptTile<Real> dropout, const Real* derivative) {
   using Math = VectorMath<Real>;
   constexpr int n_lanes = kLanes<Real>, width = kVectors * n_lanes;
   Vec<Real> row_logsumexp[kVectors], row_delta[kVectors];
@@ -38,9 +38,10 @@ TA_NOINLINE void weights_and_gradients(int64_t begin, int64_t end, Real score_fa
       Vec<Real> weight = weight_from_exponent<Real>(exponent, weight_scale != nullptr);
       if (weight_scale != nullptr) weight *= load(weight_scale + n * n_lanes);
       Vec<Real> kept = weight;
-      if (keep != nullptr) {
-        kept *= load(keep + place);
-        gradient *= load(keep + place);
+      if (dropout.kept != nullptr) {
+        const Kept<Real>& lanes = dropout.kept[j * kVectors + n];
+        kept = kept_of(kept, lanes, dropout.scale);
+        gradient = kept_of(gradient, lanes, dropout.scale);
       }
       store(weights + place, kept);
       gradient = weight * (gradient - row_delta[n]) * factor;
@@ -126,24 +127,17 @@ struct GradientTile {
   TA_INLINE void finish(const AnyBlock& block, const ScoreStage<Real>& stage, int64_t offset, int64_t key,
                         const KeySpan& span, Real score_factor, Wanted wanted, Real* weights, Real* gradients,
                         Real* slope_gradient) const {
-    constexpr int64_t width = kVectors * kLanes<Real>;
     const int64_t row = block.row + offset;
-    const Real* keep = nullptr;
-    if (p.dropout_p > 0) {
-      dropout_tile<Real, kVectors>(dropout, static_cast<Real>(Dropout::keep_scale(p.dropout_p)),
-                                   p.dropout_batch_head(block.batch, block.head), row, key + span.begin,
-                                   span.end - span.begin, scratch.keep + span.begin * width);
-      keep = scratch.keep;
-    }
+    const auto kept = kept_tile<Real, kVectors>(p, dropout, block.batch, block.head, row, key, span, scratch.kept);
     const Real* weight_scale = block.weight_scale == nullptr ? nullptr : block.weight_scale + offset;
     const Chain<Real> chain =
         stage.softcap ? Chain<Real>{1, scratch.derivative} : Chain<Real>{stage.mod.scale, nullptr};
     const Chain<Real> now = wanted == Wanted::kDotGradients && slope_gradient == nullptr ? chain : Chain<Real>{};
-    const bool plain = weight_scale == nullptr && keep == nullptr && now.derivative == nullptr;
+    const bool plain = weight_scale == nullptr && kept.kept == nullptr && now.derivative == nullptr;
     (plain ? weights_and_gradients<Real, kVectors, true>
            : weights_and_gradients<Real, kVectors, false>)(span.begin, span.end, score_factor, weights, gradients,
                                                            block.logsumexp + offset, block.delta + offset, now.factor,
-                                                           weight_scale, keep, now.derivative);
+                                                           weight_scale, kept, now.derivative);
     if (slope_gradient != nullptr) {
       *slope_gradient += sum_slope_gradient<Real, kVectors>(stage, row, key, span.begin, span.end, gradients, chain);
     }

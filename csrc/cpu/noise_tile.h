@@ -2,8 +2,8 @@
 #pragma once
 
 #include "../core/selection.h"
-#include "dropout_tile.h"
 #include "math.h"
+#include "philox.h"
 
 namespace torch_attn::cpu::TORCH_ATTN_ISA {
 
@@ -52,17 +52,20 @@ struct NoiseMath : VectorMath<Real> {
   }
 };
 
+template <class Real>
+using NoiseWords = RowWords<Real, SelectionNoise::kRounds>;
+
 // Word j of a Philox call for each row of a vector, as numbers.
 template <class Real>
 TA_INLINE Vec<Real> as_number(typename VecTypes<Real>::Unsigned word) {
   return __builtin_convertvector(word, Vec<Real>);
 }
 template <class Real>
-TA_INLINE Vec<Real> exponential_of(const RowWords<Real>& words, int j) {
+TA_INLINE Vec<Real> exponential_of(const NoiseWords<Real>& words, int j) {
   return exponential_variate<NoiseMath<Real>>(as_number<Real>(words.word(j)));
 }
 template <class Real>
-TA_INLINE Vec<Real> uniform_of(const RowWords<Real>& words, int j) {
+TA_INLINE Vec<Real> uniform_of(const NoiseWords<Real>& words, int j) {
   return as_number<Real>(words.word(j) >> 8) * splat(kUniformUnit<Real>);
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../core/online_softmax.h"
+#include "dropout_tile.h"
 #include "score_tile.h"
 #include "scratch.h"
 
@@ -11,14 +12,15 @@ namespace torch_attn::cpu::TORCH_ATTN_ISA {
 constexpr int64_t kBackwardKeys = 96;  // keys per block
 constexpr int64_t kFewRows = 16;       // see key_value_rows
 
-// One tile's working memory: a panel with a block of keys, each array [key][lane].
+// One tile's working memory: a panel with a block of keys, each array [key][lane] but kept, [key][vector].
 template <class Real>
 struct TileScratch {
-  Real *keep = nullptr, *bias = nullptr, *staging = nullptr, *derivative = nullptr;
+  Kept<Real>* kept = nullptr;  // of vectors
+  Real *bias = nullptr, *staging = nullptr, *derivative = nullptr;
 
   TileScratch(const AttentionProblem& p, Scratch& scratch) {
     constexpr int64_t size = kBackwardKeys * kMaxVectors * kLanes<Real>;
-    if (p.dropout_p > 0) keep = scratch.take<Real>(size);
+    if (p.dropout_p > 0) kept = scratch.take<Kept<Real>>(size / kLanes<Real>);
     if (p.softcap != 0) derivative = scratch.take<Real>(size);
     if (p.attn_mask.defined()) {
       bias = scratch.take<Real>(size);
@@ -26,6 +28,16 @@ struct TileScratch {
     }
   }
 };
+
+// The dropout of a panel that starts at row with the block's keys of span, in kept.
+template <class Real, int kVectors>
+TA_INLINE KeptTile<Real> kept_tile(const AttentionProblem& p, const Dropout& dropout, int64_t batch, int64_t head,
+                                   int64_t row, int64_t key, const KeySpan& span, Kept<Real>* kept) {
+  if (p.dropout_p == 0) return {};
+  dropout_tile<Real, kVectors>(dropout, p.dropout_batch_head(batch, head), row, key + span.begin, span.end - span.begin,
+                               kept + span.begin * kVectors);
+  return {kept, static_cast<Real>(Dropout::keep_scale(p.dropout_p))};
+}
 
 // The bias tile for a panel that starts at row with the block's keys of span; false if it masks all of them.
 template <class Real, int kVectors>

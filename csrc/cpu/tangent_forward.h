@@ -11,11 +11,11 @@
 namespace torch_attn::cpu::TORCH_ATTN_ISA {
 
 // softmax_tile with tangents. In: scores and, unless null (zero), their tangents; out, in place: the weights after
-// dropout and those times the tangents. keep is null without dropout.
+// dropout, without its scale, and those times the tangents. dropout[key · kVectors + vector] is null without dropout.
 template <class Real, int kVectors>
-TA_NOINLINE void tangent_softmax_tile(int64_t begin, int64_t end, Real* scores, Real* tangents, const Real* keep,
-                                      const Real* old_maximum, const Real* maximum, Real* sum, Real* tangent_sum,
-                                      Real* rescale) {
+TA_NOINLINE void tangent_softmax_tile(int64_t begin, int64_t end, Real* scores, Real* tangents,
+                                      const Kept<Real>* dropout, const Real* old_maximum, const Real* maximum,
+                                      Real* sum, Real* tangent_sum, Real* rescale) {
   using Math = VectorMath<Real>;
   using Softmax = OnlineSoftmax<Math>;
   constexpr int n_lanes = kLanes<Real>, width = kVectors * n_lanes;
@@ -27,7 +27,7 @@ TA_NOINLINE void tangent_softmax_tile(int64_t begin, int64_t end, Real* scores, 
     for (int64_t j = begin; j < end; ++j) {
       const int64_t place = j * width + n * n_lanes;
       const Vec<Real> weight = Math::exp(load(scores + place) - subtracted);
-      const Vec<Real> kept = keep == nullptr ? weight : weight * load(keep + place);
+      const Vec<Real> kept = dropout == nullptr ? weight : kept_of(weight, dropout[j * kVectors + n]);
       tile_sum += weight;
       store(scores + place, kept);
       if (tangents == nullptr) continue;
@@ -165,16 +165,10 @@ struct TangentForward {
                                        block.tile.derivative, nullptr);
       }
     }
-    const Real* keep = nullptr;
-    if (p.dropout_p > 0) {
-      dropout_tile<Real, kVectors>(dropout, static_cast<Real>(Dropout::keep_scale(p.dropout_p)),
-                                   p.dropout_batch_head(block.batch, block.head), row, key + span.begin,
-                                   span.end - span.begin, block.tile.keep + span.begin * width);
-      keep = block.tile.keep;
-    }
+    const auto kept = kept_tile<Real, kVectors>(p, dropout, block.batch, block.head, row, key, span, block.tile.kept);
     tangent_softmax_tile<Real, kVectors>(span.begin, span.end, block.scores,
-                                         changes.scores ? block.score_tangents : nullptr, keep, old_maximum, maximum,
-                                         block.sum + offset, block.tangent_sum + offset, rescale);
+                                         changes.scores ? block.score_tangents : nullptr, kept.kept, old_maximum,
+                                         maximum, block.sum + offset, block.tangent_sum + offset, rescale);
     combine<kVectors, true>(key_block.value, span, block.scores, block.out + offset * p.value_dim, rescale);
     Real* tangent_out = block.tangent_out + offset * p.value_dim;
     if (changes.scores) combine<kVectors, true>(key_block.value, span, block.score_tangents, tangent_out, rescale);
@@ -196,11 +190,12 @@ struct TangentForward {
   void finish(const Block& block, Scratch& scratch) const {
     using Softmax = OnlineSoftmax<VectorMath<Real>>;
     constexpr int n_lanes = kLanes<Real>;
+    const Real keep_scale = p.dropout_p > 0 ? static_cast<Real>(Dropout::keep_scale(p.dropout_p)) : Real{1};
     Real* rows = scratch.take<Real>(kMaxVectors * n_lanes * round_up(p.value_dim, n_lanes));
     for (int64_t i = 0; i < block.panels.lanes; i += n_lanes) {
       const Vec<Real> sum = load(block.sum + i), inverse = Softmax::inverse_sum(sum);
       store(block.maximum + i, Softmax::logsumexp(load(block.maximum + i), sum));
-      store(block.sum + i, inverse);
+      store(block.sum + i, inverse * keep_scale);
       store(block.tangent_sum + i, load(block.tangent_sum + i) * inverse);
     }
     const int64_t first = p.first_row(block.batch, block.head) + block.row;

@@ -60,14 +60,12 @@ TA_DEVICE int64_t dropout_batch_head(const AttentionProblem& p, int64_t batch, i
   return (batches > 0 ? batch % batches : batch) * p.heads + head;
 }
 
-// Bit i of the result: key 4 · group + i is kept.
-TA_DEVICE uint32_t kept_keys(const Dropout& dropout, int64_t dropout_head, int64_t row, int64_t group) {
-  const auto words =
-      Philox4x32::generate(dropout.counter(dropout_head, row, group * Dropout::kKeysPerCall),
-                           static_cast<uint32_t>(dropout.seed), static_cast<uint32_t>(dropout.seed >> 32));
+// The weights that the Philox call of (row, key) keeps: bit 4 · (row % 2) + key % 4.
+TA_DEVICE uint32_t kept_of_call(const Dropout& dropout, int64_t dropout_head, int64_t row, int64_t key) {
+  const auto call = dropout.words(dropout_head, row, key);
   uint32_t bits = 0;
 #pragma unroll
-  for (int i = 0; i < Dropout::kKeysPerCall; ++i) bits |= (words.word[i] >= dropout.threshold ? 1u : 0u) << i;
+  for (int i = 0; i < 8; ++i) bits |= (dropout.keeps(call, i / 4, i % 4) ? 1u : 0u) << i;
   return bits;
 }
 
@@ -148,7 +146,7 @@ struct HeadScore {
     return mask.data ? result + mask.template bias<Real>(row, key) : result;
   }
   // The gradient of a weight before dropout, from that of the weight after it.
-  TA_DEVICE Real dropped(Real gradient, uint32_t kept) const {
+  TA_DEVICE Real dropped(Real gradient, bool kept) const {
     if (!dropout_on) return gradient;
     return kept ? gradient * keep_scale : Real(0);
   }

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "core/dropout.h"
 #include "ops/check.h"
 
 namespace torch_attn::ops {
@@ -184,7 +185,7 @@ PreparedProblem make_problem(const ForwardArguments& a, const Tensor& rng_state)
     }
   }
 
-  p.dropout_p = o.dropout_p;
+  p.dropout_p = Dropout::rounded(o.dropout_p);
   if (p.dropout_p > 0) set_rng_state(p, rng_state);
   return prepared;
 }
@@ -196,7 +197,7 @@ AttentionProblem make_dropout_problem(const DropoutArguments& a) {
   p.heads = p.kv_heads = a.heads.expect_int();
   p.query_length = a.query_length.expect_int();
   p.key_length = a.key_length.expect_int();
-  p.dropout_p = a.dropout_p;
+  p.dropout_p = Dropout::rounded(a.dropout_p);
   set_rng_state(p, a.rng_state);
   return p;
 }

@@ -1,16 +1,17 @@
-"""The dropout bits are Philox4x32-10's, at the counter that csrc/core/dropout.h documents."""
+"""The dropout bits are Philox4x32-7's, at the counter and in the places that csrc/core/dropout.h documents."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 MASK = 0xFFFFFFFF
 
 
-def philox4x32(counter: list[int], key: list[int]) -> list[int]:
-    """Salmon et al. 2011, 10 rounds, in plain integers."""
+def philox4x32(counter: list[int], key: list[int], rounds: int = 10) -> list[int]:
+    """Salmon et al. 2011, in plain integers."""
     c, k = list(counter), list(key)
-    for _ in range(10):
+    for _ in range(rounds):
         p0, p1 = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
         c = [(p1 >> 32) ^ c[1] ^ k[0], p1 & MASK, (p0 >> 32) ^ c[3] ^ k[1], p0 & MASK]
         k = [(k[0] + 0x9E3779B9) & MASK, (k[1] + 0xBB67AE85) & MASK]
@@ -20,20 +21,27 @@ def philox4x32(counter: list[int], key: list[int]) -> list[int]:
 def test_plain_philox_matches_random123s_known_answers() -> None:
     assert philox4x32([0] * 4, [0] * 2) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
     assert philox4x32([MASK] * 4, [MASK] * 2) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+    assert philox4x32([0] * 4, [0] * 2, rounds=7) == [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]
+    assert philox4x32([MASK] * 4, [MASK] * 2, rounds=7) == [0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662]
 
 
-def test_keep_mask_is_philox_at_the_documented_counter() -> None:
-    batch, heads, rows, keys, p = 2, 3, 5, 11, 0.37
-    for offset in (0, 2**32 - 3):
-        seed = int(torch.randint(2**62, ()))
-        keep = torch.ops.torch_attn.dropout_keep_mask(torch.tensor([seed, offset, 0]), batch, heads, rows, keys, p)
-        for b in range(batch):
-            for h in range(heads):
-                high = offset + b * heads + h
-                for i in range(rows):
-                    for j in range(keys):
-                        words = philox4x32([j // 4, i, high & MASK, high >> 32], [seed & MASK, seed >> 32])
-                        assert keep[b, h, i, j].item() == (words[j % 4] >= int(p * 2**32))
+@pytest.mark.parametrize("p", [2**-16, 0.1, 0.37, 1 - 2**-16])
+@pytest.mark.parametrize("offset", [0, 2**32 - 3])
+def test_keep_mask_is_philox_at_the_documented_counter(offset: int, p: float) -> None:
+    batch, heads, rows, keys = 2, 3, 5, 11
+    seed = int(torch.randint(2**62, ()))
+    keep = torch.ops.torch_attn.dropout_keep_mask(torch.tensor([seed, offset, 0]), batch, heads, rows, keys, p)
+    dropped = round(p * 2**16)  # of the 2^16 values, lowest first
+    for b in range(batch):
+        for h in range(heads):
+            high = offset + b * heads + h
+            for i in range(rows):
+                for j in range(keys):
+                    counter = [j // 4, i // 2, high & MASK, high >> 32]
+                    words = philox4x32(counter, [seed & MASK, seed >> 32], rounds=7)
+                    bits = words[2 * (j % 4 // 2) + 1 - i % 2] >> 16 * (j % 2) & 0xFFFF
+                    number = bits - 2**16 if bits >= 2**15 else bits
+                    assert keep[b, h, i, j].item() == (number >= dropped - 2**15)
 
 
 def test_a_batch_period_repeats_the_bits() -> None:

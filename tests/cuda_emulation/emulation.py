@@ -219,7 +219,7 @@ class Run:
         p.window_left = options.get("window_left", UNBOUNDED)
         p.window_right = min(options.get("window_right", UNBOUNDED), 0 if options.get("is_causal") else UNBOUNDED)
         p.alignment = options.get("causal_alignment", "top_left") == "bottom_right"
-        p.dropout_p = options.get("dropout_p", 0.0)
+        p.dropout_p = round(options.get("dropout_p", 0.0) * 65536) / 65536  # as make_problem does
         p.rng_state = device.put(torch.tensor([*rng_state, dropout_batches]))
         p.allow_tf32 = allow_tf32
         p.philox_seed, p.philox_offset, p.dropout_batches = 1, 1, 1  # must not be read

@@ -214,7 +214,7 @@ class TestDropout:
         out, _, rng_state = ops.attention_forward(query, key, identity, dropout_p=0.3)
         keep = ops.dropout_keep_mask(rng_state, 2, 3, length, length, 0.3)
         assert torch.equal(out != 0, keep)
-        torch.testing.assert_close(out[keep], torch.full_like(out[keep], 1 / length / 0.7))
+        torch.testing.assert_close(out[keep], torch.full_like(out[keep], reference.dropout_scale(0.3) / length))
 
     def test_drops_the_stated_share(self) -> None:
         state = torch.tensor([int(torch.randint(2**62, ())), 0, 0])

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "../forward.h"
+#include "dropout_pairs.h"
 #include "panel.h"
 
 namespace torch_attn::cpu::TORCH_ATTN_ISA {
@@ -34,8 +35,9 @@ TA_NOINLINE void raise_maximum(int64_t begin, int64_t end, float factor, const f
 }
 
 // Scores (divided by factor) become weights, stored as the pairs of a B operand that starts at key begin; sum is
-// brought up to date. keep is null without dropout.
-TA_NOINLINE void softmax_pairs(int64_t begin, int64_t end, float factor, const float* scores, const float* keep,
+// brought up to date. kept is DropoutPairs'.
+template <bool kDropout>
+TA_NOINLINE void softmax_pairs(int64_t begin, int64_t end, float factor, const float* scores, const uint32_t* kept,
                                const float* maximum, const float* rescale, float* sum, uint16_t* pairs) {
   using Math = VectorMath<float>;
   constexpr int n_lanes = kLanes<float>;
@@ -45,15 +47,16 @@ TA_NOINLINE void softmax_pairs(int64_t begin, int64_t end, float factor, const f
     Vec<float> even_sum{}, odd_sum{};
     for (int64_t j = begin; j < end; j += 2) {
       const int64_t place = j * kAmxLanes + n * n_lanes;
-      Vec<float> even = exp_for_half(load(scores + place) * factor - subtracted);
-      Vec<float> odd = exp_for_half(load(scores + place + kAmxLanes) * factor - subtracted);
+      const Vec<float> even = exp_for_half(load(scores + place) * factor - subtracted);
+      const Vec<float> odd = exp_for_half(load(scores + place + kAmxLanes) * factor - subtracted);
       even_sum += even;
       odd_sum += odd;
-      if (keep != nullptr) {
-        even *= load(keep + place);
-        odd *= load(keep + place + kAmxLanes);
+      uint16_t* to = pairs + (j - begin) * kAmxLanes + 2 * n * n_lanes;
+      if constexpr (kDropout) {
+        store_pairs(to, even, odd, kept[(n * kAmxKeys + j) / 2]);
+      } else {
+        store_pairs(to, even, odd);
       }
-      store_pairs(pairs + (j - begin) * kAmxLanes + 2 * n * n_lanes, even, odd);
     }
     float* total = sum + n * n_lanes;
     store(total, load(total) * load(rescale + n * n_lanes) + (even_sum + odd_sum));
@@ -105,7 +108,8 @@ struct AmxForward {
     uint16_t* query;                               // B operands: [lane offset · head_dim][head_dim / 2][lane][2]
     float* out;                                    // [lane offset · value_dim][value_dim][lane]
     float *maximum, *old_maximum, *sum, *rescale;  // [lane]
-    float *scores, *keep, *bias, *staging;         // one tile: [key][lane]
+    float *scores, *bias, *staging;                // one tile: [key][lane]
+    uint32_t* kept;                                // of the same tile, by DropoutPairs
     uint16_t* weights;                             // a B operand
   };
 
@@ -114,6 +118,8 @@ struct AmxForward {
     int64_t key, keys, all_keys;  // all_keys: with padding
     HalfRows key_rows;
     const uint16_t* values;  // [value_dim][all_keys]
+    const PhiloxPanel& philox;
+    const PhiloxPanel::Groups& groups;  // with dropout
   };
 
   void run(int64_t item, Scratch& scratch) const {
@@ -135,7 +141,7 @@ struct AmxForward {
       *array = scratch.take<float>(block.lanes);
     }
     block.scores = scratch.take<float>(tile);
-    block.keep = p.dropout_p > 0 ? scratch.take<float>(tile) : nullptr;
+    block.kept = scratch.take<uint32_t>(p.dropout_p > 0 ? kAmxKeys / 2 * kAmxVectors : 0);
     block.bias = scratch.take<float>(stage.mask ? tile : 0);
     block.staging = scratch.take<float>(stage.mask ? tile : 0);
     block.weights = scratch.take<uint16_t>(tile);
@@ -148,7 +154,11 @@ struct AmxForward {
     start(block);
     const KeyRange range = stage.band.keys_of_any(block.row, block.row + block.rows);
     const int64_t key_block_size = amx_key_block(p);
-    for (int64_t key = range.begin; key < range.end; key += key_block_size) {
+    const PhiloxPanel philox(dropout, p.dropout_batch_head(block.batch, block.head));
+    PhiloxPanel::Groups groups;
+    // Groups of keys that share random bits are not torn.
+    const int64_t first_key = p.dropout_p > 0 ? round_down(range.begin, Dropout::kKeysPerCall) : range.begin;
+    for (int64_t key = first_key; key < range.end; key += key_block_size) {
       const int64_t keys = smaller(key_block_size, range.end - key), all_keys = round_up(keys, kTileDepth);
       BiasTile<float> bias;
       if (stage.mask_is_per_key()) {
@@ -159,7 +169,10 @@ struct AmxForward {
       const HalfRows value_rows =
           half_rows(p.value, block.batch, kv_head, key, keys, p.value_dim, all_keys, packed_values, value_scratch);
       transpose_rows(values, value_rows, all_keys, packed_values, value_pairs);
-      const KeyBlock key_block{key, keys, all_keys, key_rows, values};
+      if (p.dropout_p > 0) {
+        philox.groups(key / Dropout::kKeysPerCall, all_keys / Dropout::kKeysPerCall, groups);
+      }
+      const KeyBlock key_block{key, keys, all_keys, key_rows, values, philox, groups};
       const int64_t panels = block.lanes / kAmxLanes;
       const NextRows next(p, block.batch, kv_head, key + keys, key_block_size, range.end - key - keys, panels);
       for (int64_t i = 0; i < panels; ++i) {
@@ -203,8 +216,12 @@ struct AmxForward {
     const TileOperand key_operand{keys.key_rows.data + span.begin * keys.key_rows.stride, keys.key_rows.stride * 2,
                                   kTileDepth * 2};
     const TileOperand query_operand{block.query + offset * head_dim, kAmxLanes * 4, kTileDepth / 2 * kAmxLanes * 4};
-    tile_product<false>(count / kTileSide, kAmxVectors, head_dim / kTileDepth, key_operand, query_operand,
-                        block.scores + span.begin * kAmxLanes, kAmxLanes);
+    if (p.dropout_p > 0) {
+      add_scores_and_dropout(block, row, keys, span, key_operand, query_operand);
+    } else {
+      tile_product<false>(count / kTileSide, kAmxVectors, head_dim / kTileDepth, key_operand, query_operand,
+                          block.scores + span.begin * kAmxLanes, kAmxLanes);
+    }
 
     float *maximum = block.maximum + offset, *old_maximum = block.old_maximum + offset,
           *rescale = block.rescale + offset;
@@ -219,13 +236,9 @@ struct AmxForward {
     }
     prefetch_next_bias(stage.mask_rows, block.row, block.rows, offset, kAmxLanes, keys.key, keys.keys);
     const bool rescaled = settle_maximum(old_maximum, maximum, rescale);
-    if (p.dropout_p > 0) {
-      dropout_tile<float, kAmxVectors>(dropout, static_cast<float>(Dropout::keep_scale(p.dropout_p)),
-                                       p.dropout_batch_head(block.batch, block.head), row, keys.key + span.begin, count,
-                                       block.keep + span.begin * kAmxLanes);
-    }
-    softmax_pairs(span.begin, span.end, factor, block.scores, block.keep, maximum, rescale, block.sum + offset,
-                  block.weights);
+    (p.dropout_p > 0 ? softmax_pairs<true> : softmax_pairs<false>)(span.begin, span.end, factor, block.scores,
+                                                                   block.kept, maximum, rescale, block.sum + offset,
+                                                                   block.weights);
     float* out = block.out + offset * value_dim;
     if (rescaled) {
       for (int64_t i = 0; i < value_dim * kAmxLanes; i += kLanes<float>) {
@@ -238,13 +251,25 @@ struct AmxForward {
                        kAmxLanes);
   }
 
+  // The scores, and beside them what dropout keeps: products alone leave the vector units idle.
+  TA_NOINLINE void add_scores_and_dropout(const Block& block, int64_t row, const KeyBlock& keys, const KeySpan& span,
+                                          const TileOperand& key_operand, const TileOperand& query_operand) const {
+    const int64_t count = span.end - span.begin, m_tiles = count / kTileSide, steps = head_dim / kTileDepth;
+    DropoutPairs beside(keys.philox, keys.groups, dropout.limit, row, span.begin / Dropout::kKeysPerCall,
+                        count / Dropout::kKeysPerCall, m_tiles * kAmxVectors * steps, block.kept + span.begin / 2);
+    tile_product_beside<false>(m_tiles, kAmxVectors, steps, key_operand, query_operand,
+                               block.scores + span.begin * kAmxLanes, kAmxLanes, beside);
+    beside.finish();
+  }
+
   void finish(const Block& block, Scratch& scratch) const {
     using Softmax = OnlineSoftmax<VectorMath<float>>;
+    const float keep_scale = p.dropout_p > 0 ? static_cast<float>(Dropout::keep_scale(p.dropout_p)) : 1.0f;
     float* rows = scratch.take<float>(kAmxLanes * value_dim);
     for (int64_t i = 0; i < block.lanes; i += kLanes<float>) {
       const Vec<float> sum = load(block.sum + i);
       store(block.maximum + i, Softmax::logsumexp(load(block.maximum + i), sum));
-      store(block.sum + i, Softmax::inverse_sum(sum));
+      store(block.sum + i, Softmax::inverse_sum(sum) * keep_scale);
     }
     float* logsumexp = static_cast<float*>(outputs.logsumexp) + p.first_row(block.batch, block.head) + block.row;
     __builtin_memcpy(logsumexp, block.maximum, block.rows * sizeof(float));

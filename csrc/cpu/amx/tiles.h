@@ -43,10 +43,16 @@ struct TileOperand {
   }
 };
 
-// kM × kN (each 1 or 2) tiles of C. C's tiles are 0 … 3, A's 4 and 5, B's 6 and 7.
-template <int kM, int kN, bool kAccumulate>
+// What is done beside a tile product: nothing.
+struct NothingBeside {
+  TA_INLINE void operator()(int64_t) const {}
+};
+
+// kM × kN (each 1 or 2) tiles of C. C's tiles are 0 … 3, A's 4 and 5, B's 6 and 7. beside(tiles) is called after each
+// step's products, of which there are `tiles`: for 16 cycles each, the vector units have nothing to do.
+template <int kM, int kN, bool kAccumulate, class Beside>
 TA_INLINE void tile_block(int64_t steps, const TileOperand& a, int64_t m, const TileOperand& b, int64_t n, float* c,
-                          int64_t c_stride) {
+                          int64_t c_stride, Beside& beside) {
   const int64_t c_bytes = c_stride * 4;
   float* c1 = c + kTileSide * c_stride;
   if constexpr (kAccumulate) {
@@ -73,6 +79,7 @@ TA_INLINE void tile_block(int64_t steps, const TileOperand& a, int64_t m, const 
       _tile_dpbf16ps(2, 5, 6);
       if constexpr (kN == 2) _tile_dpbf16ps(3, 5, 7);
     }
+    beside(kM * kN);
   }
   _tile_stored(0, c, c_bytes);
   if constexpr (kN == 2) _tile_stored(1, c + kTileSide, c_bytes);
@@ -81,9 +88,9 @@ TA_INLINE void tile_block(int64_t steps, const TileOperand& a, int64_t m, const 
 }
 
 // c = a · b, or c += a · b, for m_tiles × n_tiles tiles of c and a sum over `steps` tile depths.
-template <bool kAccumulate>
-TA_NOINLINE void tile_product(int64_t m_tiles, int64_t n_tiles, int64_t steps, TileOperand a, TileOperand b, float* c,
-                              int64_t c_stride) {
+template <bool kAccumulate, class Beside>
+TA_INLINE void tile_product_beside(int64_t m_tiles, int64_t n_tiles, int64_t steps, TileOperand a, TileOperand b,
+                                   float* c, int64_t c_stride, Beside& beside) {
   // GCC's tile intrinsics do not tell the compiler that they read and write memory.
   asm volatile("" ::: "memory");
   for (int64_t n = 0; n < n_tiles; n += 2) {
@@ -92,17 +99,24 @@ TA_NOINLINE void tile_product(int64_t m_tiles, int64_t n_tiles, int64_t steps, T
       const bool two_rows = m + 1 < m_tiles;
       float* place = c + m * kTileSide * c_stride + n * kTileSide;
       if (two_rows && two_columns) {
-        tile_block<2, 2, kAccumulate>(steps, a, m, b, n, place, c_stride);
+        tile_block<2, 2, kAccumulate>(steps, a, m, b, n, place, c_stride, beside);
       } else if (two_columns) {
-        tile_block<1, 2, kAccumulate>(steps, a, m, b, n, place, c_stride);
+        tile_block<1, 2, kAccumulate>(steps, a, m, b, n, place, c_stride, beside);
       } else if (two_rows) {
-        tile_block<2, 1, kAccumulate>(steps, a, m, b, n, place, c_stride);
+        tile_block<2, 1, kAccumulate>(steps, a, m, b, n, place, c_stride, beside);
       } else {
-        tile_block<1, 1, kAccumulate>(steps, a, m, b, n, place, c_stride);
+        tile_block<1, 1, kAccumulate>(steps, a, m, b, n, place, c_stride, beside);
       }
     }
   }
   asm volatile("" ::: "memory");
+}
+
+template <bool kAccumulate>
+TA_NOINLINE void tile_product(int64_t m_tiles, int64_t n_tiles, int64_t steps, TileOperand a, TileOperand b, float* c,
+                              int64_t c_stride) {
+  NothingBeside nothing;
+  tile_product_beside<kAccumulate>(m_tiles, n_tiles, steps, a, b, c, c_stride, nothing);
 }
 
 // bfloat16 rows, whose stride counts elements.
@@ -182,14 +196,23 @@ TA_INLINE void store_halves(uint16_t* out, Vec<float> low, Vec<float> high) {
   _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(high, low));
 }
 // Lane by lane: the bfloat16 of first next to that of second.
-TA_INLINE __m512i pairs_of(Vec<float> first, Vec<float> second) {
+TA_INLINE __m512i pairs_of(Vec<float> first, Vec<float> second, uint32_t kept = ~0u) {
   HalfVec order{};
 #pragma GCC unroll 32
   for (int i = 0; i < 32; ++i) order[i] = static_cast<uint16_t>((i & 1) * 16 + i / 2);
-  return _mm512_permutexvar_epi16((__m512i)order, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+  return _mm512_maskz_permutexvar_epi16(kept, (__m512i)order, halves);
 }
 TA_INLINE void store_pairs(uint16_t* out, Vec<float> first, Vec<float> second) {
   _mm512_storeu_si512(out, pairs_of(first, second));
+}
+
+// The same of what dropout keeps: a bit for each element of out.
+TA_INLINE void store_halves(uint16_t* out, Vec<float> low, Vec<float> high, uint32_t kept) {
+  _mm512_storeu_si512(out, (__m512i)_mm512_maskz_cvtne2ps_pbh(kept, high, low));
+}
+TA_INLINE void store_pairs(uint16_t* out, Vec<float> first, Vec<float> second, uint32_t kept) {
+  _mm512_storeu_si512(out, pairs_of(first, second, kept));
 }
 
 }  // namespace torch_attn::cpu::TORCH_ATTN_ISA

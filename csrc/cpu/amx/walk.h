@@ -79,25 +79,40 @@ TA_NOINLINE void halve_tiles(int64_t begin, int64_t end, const float* weights, c
   }
 }
 
-// weights_and_gradients<…, kPlain = true> and halve_tiles in one pass: without options nothing else needs the float
-// tiles.
+// weights_and_gradients without weight_scale or derivative, and halve_tiles in one pass: nothing else needs the float
+// tiles. Dropout's scale costs no instruction: weights get it in their exponents, P · (keep · g − delta) is
+// (scale · P) · (g or 0 − delta / scale), and both ways to drop are masks of instructions that are there anyway.
+template <bool kDropout>
 TA_NOINLINE void plain_half_tiles(int64_t begin, int64_t end, float score_factor, const float* scores,
                                   const float* value_dots, const float* logsumexp, const float* delta, float factor,
-                                  uint16_t* half_weights, uint16_t* half_gradients, uint16_t* gradient_pairs) {
+                                  KeptTile<float> dropout, uint16_t* half_weights, uint16_t* half_gradients,
+                                  uint16_t* gradient_pairs) {
   constexpr int n_lanes = kLanes<float>;
-  const Vec<float> row_logsumexp[2] = {load(logsumexp), load(logsumexp + n_lanes)};
-  const Vec<float> row_delta[2] = {load(delta), load(delta + n_lanes)};
+  const float log_scale = kDropout ? __builtin_logf(dropout.scale) : 0;
+  const Vec<float> row_logsumexp[2] = {load(logsumexp) - log_scale, load(logsumexp + n_lanes) - log_scale};
+  const Vec<float> row_delta[2] = {load(delta) / dropout.scale, load(delta + n_lanes) / dropout.scale};
   for (int64_t j = begin; j < end; j += 2) {
     Vec<float> weight[2][2], gradient[2][2];  // [key][vector]
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
+      __mmask16 kept[2];
 #pragma GCC unroll 2
       for (int n = 0; n < 2; ++n) {
         const int64_t place = (j + i) * kAmxLanes + n * n_lanes;
         weight[i][n] = exp_for_half(load(scores + place) * score_factor - row_logsumexp[n]);
-        gradient[i][n] = weight[i][n] * (load(value_dots + place) - row_delta[n]) * factor;
+        Vec<float> difference = load(value_dots + place) - row_delta[n];
+        if constexpr (kDropout) {
+          kept[n] = dropout.kept[(j + i) * kAmxVectors + n].lanes;
+          difference = _mm512_mask_sub_ps(-row_delta[n], kept[n], load(value_dots + place), row_delta[n]);
+        }
+        gradient[i][n] = weight[i][n] * difference * factor;
       }
-      store_halves(half_weights + (j + i) * kAmxLanes, weight[i][0], weight[i][1]);
+      uint16_t* const to = half_weights + (j + i) * kAmxLanes;
+      if constexpr (kDropout) {
+        store_halves(to, weight[i][0], weight[i][1], _mm512_kunpackw(kept[1], kept[0]));
+      } else {
+        store_halves(to, weight[i][0], weight[i][1]);
+      }
       store_halves(half_gradients + (j + i) * kAmxLanes, gradient[i][0], gradient[i][1]);
     }
     uint16_t* pairs = gradient_pairs + (j - begin) * kAmxLanes;
@@ -214,6 +229,8 @@ struct AmxWalk {
       fill<uint16_t>(panel_gradients + first, 0, count * kAmxLanes);
       return span;
     }
+    const auto kept =
+        kept_tile<float, kAmxVectors>(p, tile.dropout, batch, block.head, row, keys.key, span, tile.scratch.kept);
     dots(keys.key_rows, block.query + offset * head_dim, head_dim, span, scores);
     float factor = stage.dot_factor();
     if (stage.changes_elements(bias) || span.has_edges()) {
@@ -223,9 +240,11 @@ struct AmxWalk {
     }
     prefetch_next_bias(stage.mask_rows, block.row, block.rows, offset, kAmxLanes, keys.key, keys.keys);
     if (plan.needs_scores) dots(keys.value_rows, block.grad_out + offset * value_dim, value_dim, span, gradients);
-    if (plan.needs_scores && !plan.needs_slopes && !stage.softcap && p.dropout_p == 0) {
-      plain_half_tiles(span.begin, span.end, factor, scores, gradients, block.logsumexp + offset, block.delta + offset,
-                       stage.mod.scale, panel_weights, panel_gradients, gradient_pairs);
+    if (plan.needs_scores && !plan.needs_slopes && !stage.softcap) {
+      (kept.kept != nullptr ? plain_half_tiles<true>
+                            : plain_half_tiles<false>)(span.begin, span.end, factor, scores, gradients,
+                                                       block.logsumexp + offset, block.delta + offset, stage.mod.scale,
+                                                       kept, panel_weights, panel_gradients, gradient_pairs);
     } else {
       tile.finish<kAmxVectors>(block, stage, offset, keys.key, span, factor,
                                plan.needs_scores ? Wanted::kDotGradients : Wanted::kWeightsOnly, scores, gradients,

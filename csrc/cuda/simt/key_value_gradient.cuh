@@ -48,13 +48,12 @@ __global__ void __launch_bounds__(kThreads)
       if (want_key) multiply_transposed(grad_weight, shared, value, first, grad_out, row);
       const bool tested = !score.unmasked(row, row_end, first, first + kTile);
       const BackwardRows<Real> rows(score, t, statistics, row);
+      const uint32_t all_kept = score.dropout_on ? kept_of_key_rows(score, first + thread_y() * kPerThread, row) : ~0u;
 #pragma unroll
       for (int j = 0; j < kPerThread; ++j) {
         const int64_t r = row + thread_x() + kSide * j;
         const BackwardRow<Real> stats = rows[thread_x() + kSide * j];
-        const uint32_t kept = score.dropout_on ? kept_keys(score.dropout, score.dropout_head, r,
-                                                           first / Dropout::kKeysPerCall + thread_y())
-                                               : ~0u;
+        const uint32_t kept = all_kept >> 8 * j;
 #pragma unroll
         for (int i = 0; i < kPerThread; ++i) {
           const int64_t k = first + thread_y() * kPerThread + i;

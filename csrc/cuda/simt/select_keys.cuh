@@ -10,7 +10,7 @@
 namespace torch_attn::cuda::simt {
 
 // Gumbel noise of this thread's keys x + 16j in one row of a tile that starts at `key`. Four neighbours need four
-// Philox calls between them: each makes one and they exchange the words, as in kept_of_row.
+// Philox calls between them: each makes one and they exchange the words.
 template <class Real>
 TA_DEVICE void gumbel_of_row(const SelectionNoise& noise, int64_t noise_head, int64_t row, int64_t key,
                              Real (&result)[kPerThread]) {

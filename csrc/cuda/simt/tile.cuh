@@ -1,7 +1,7 @@
 // The two matrix products that attention is made of, on 64 x 64 tiles of scores, for any type and any head dimension.
 //
 // A block of 16 x 16 threads owns a tile. Thread (y, x) holds rows 4y to 4y + 3 and keys x, x + 16, x + 32 and x + 48:
-// rows next to each other share a Philox call where rows are keys, and keys 16 apart keep shared memory free of bank
+// rows next to each other share Philox calls where rows are keys, and keys 16 apart keep shared memory free of bank
 // conflicts. Operands pass through shared memory in the accumulator's type, in stages a few columns deep, so that
 // neither the head dimension nor the type limits what fits.
 #pragma once
@@ -222,21 +222,26 @@ TA_DEVICE Real row_max(Real x) {
   return x;
 }
 
-// Dropout bits of this thread's keys x + 16j (bit j) in one row, in a tile that starts at `key`. Four neighbours need
-// four Philox calls between them: each makes one and they exchange the results.
+// Dropout bits of this thread's keys x + 16j, in a tile that starts at `key`, in one even row (bit 8j) and the next
+// (bit 8j + 4). Four neighbours need the same four Philox calls: each makes one and they exchange the results.
 template <class Real>
-TA_DEVICE uint32_t kept_of_row(const HeadScore<Real>& head, int64_t row, int64_t key) {
-  constexpr int kGroup = Dropout::kKeysPerCall;
-  const int x = thread_x(), place = x % kGroup;
-  const uint32_t mine =
-      kept_keys(head.dropout, head.dropout_head, row, key / kGroup + x / kGroup + place * (kSide / kGroup));
-  uint32_t bits = 0;
+TA_DEVICE uint32_t kept_of_rows(const HeadScore<Real>& head, int64_t row, int64_t key) {
+  const int x = thread_x(), place = x % 4;
+  uint32_t kept = kept_of_call(head.dropout, head.dropout_head, row, key + x + kSide * place) << 8 * place;
 #pragma unroll
-  for (int j = 0; j < kPerThread; ++j) {
-    const uint32_t call = __shfl_sync(~0u, mine, (static_cast<int>(threadIdx.x) % 32 & ~(kGroup - 1)) + j);
-    bits |= (call >> place & 1) << j;
-  }
-  return bits;
+  for (int step = 1; step < 4; step *= 2) kept |= __shfl_xor_sync(~0u, kept, step);
+  return kept >> place;
+}
+
+// Where rows are keys, `key` the first of the thread's four: bit 8j + i is key i in row x + 16j of the tile that starts
+// at `row`. Two neighbours need the same four calls.
+template <class Real>
+TA_DEVICE uint32_t kept_of_key_rows(const HeadScore<Real>& head, int64_t key, int64_t row) {
+  const int x = thread_x(), odd = x % 2;
+  const auto call = [&](int j) { return kept_of_call(head.dropout, head.dropout_head, row + x + kSide * j, key); };
+  uint32_t kept = (call(odd) | call(odd + 2) << 16) << 8 * odd;
+  kept |= __shfl_xor_sync(~0u, kept, 1);
+  return kept >> 4 * odd;
 }
 
 // Writes this thread's part of a 64 x kColumns result, times `factor`. `first`: the batch entry's first row.

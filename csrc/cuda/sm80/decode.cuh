@@ -171,14 +171,19 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
     if (kFull && score[0].dropout_on) {
+      // Neighbouring rows may be of different heads. Two lanes hold a call's keys, in both of their rows: each lane
+      // makes the call of one row and hands it to the other.
       const int odd = lane & 1;
+      const int64_t dropout_head = odd ? score[1].dropout_head : score[0].dropout_head;
+      const int64_t row = odd ? place[1].row : place[0].row;
 #pragma unroll
       for (int n = 0; n < kGroups; ++n) {
-        const uint32_t kept = kept_of_query_rows(score[0].dropout, odd ? score[1].dropout_head : score[0].dropout_head,
-                                                 odd ? place[1].row : place[0].row, first + 8 * n);
+        const uint32_t mine = kept_of_call(score[0].dropout, dropout_head, row, first + 8 * n + 2 * (lane % 4)) >>
+                              4 * (row % Dropout::kRowsPerCall);
+        const uint32_t other = __shfl_xor_sync(~0u, mine, 1);
 #pragma unroll
         for (int e = 0; e < 4; ++e)
-          if (!(kept >> e & 1)) x[0][n][e] = 0;
+          if (!((e / 2 == odd ? mine : other) >> (2 * odd + e % 2) & 1)) x[0][n][e] = 0;
       }
     }
     multiply<1, kDim>(result, x, stage.value, 0);

@@ -143,14 +143,16 @@ __global__ void __launch_bounds__(kThreads)
       }
     if (kFull && score.dropout_on) {
 #pragma unroll
-      for (int m = 0; m < kM; ++m)
+      for (int m = 0; m < kM; ++m) {
+        uint32_t kept = 0;
 #pragma unroll
         for (int n = 0; n < kGroups; ++n) {
-          const uint32_t kept = kept_of_query_rows(score, row + warp_row + 16 * m, first + 8 * n);
+          if (n % 2 == 0) kept = kept_of_query_rows(score, row + warp_row + 16 * m, first + 8 * n);
 #pragma unroll
           for (int e = 0; e < 4; ++e)
-            if (!(kept >> e & 1)) x[m][n][e] = 0;
+            if (!is_kept(kept, n, e)) x[m][n][e] = 0;
         }
+      }
     }
 
     ptx::cp_async_wait<1>();  // this step's values

@@ -62,14 +62,15 @@ TA_DEVICE void weights_and_gradients(float (&x)[1][kGroups][4], float (&grad)[1]
       }
     }
   } else {
-    static_assert(kGroups <= 8, "four bits of a group");
-    uint32_t kept = 0;
+    static_assert(kGroups <= 8, "two fragments' bits leave room for those of three such pairs");
+    uint32_t kept = 0;  // of fragments n and n + 1 from bit n on
     if (score.dropout_on) {
 #pragma unroll
       for (int n = 0; n < kGroups; ++n) {
-        kept |= kept_of_key_rows(score, key, row + 8 * n) << 4 * n;
+        if (n % 2 == 0) kept |= (kept_of_key_rows(score, key, row + 8 * n) & 0x03030303u) << n;
 #pragma unroll
-        for (int e = 0; e < 4; ++e) grad[0][n][e] = kept >> (4 * n + e) & 1 ? grad[0][n][e] * score.keep_scale : 0.0f;
+        for (int i = 0; i < 4; ++i)
+          grad[0][n][i] = is_kept(kept >> n / 2 * 2, n, i) ? grad[0][n][i] * score.keep_scale : 0.0f;
       }
     }
     as_rows(x, [&](auto& scores) {
@@ -90,8 +91,8 @@ TA_DEVICE void weights_and_gradients(float (&x)[1][kGroups][4], float (&grad)[1]
 #pragma unroll
       for (int n = 0; n < kGroups; ++n)
 #pragma unroll
-        for (int e = 0; e < 4; ++e)
-          if (!(kept >> (4 * n + e) & 1)) x[0][n][e] = 0;
+        for (int i = 0; i < 4; ++i)
+          if (!is_kept(kept >> n / 2 * 2, n, i)) x[0][n][i] = 0;
     }
   }
 }

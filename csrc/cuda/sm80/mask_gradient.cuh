@@ -77,13 +77,13 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
           for (int j = 0; j < kMapLaneKeys; ++j) x[0][j / 2][2 * half + j % 2] = rows[half].weight(scores[0][j]);
         }
+        uint32_t kept = ~0u;
 #pragma unroll
         for (int n = 0; n < kMapGroups; ++n) {
-          uint32_t kept = ~0u;
-          if (score.dropout_on) kept = kept_of_query_rows(score, row + warp_row, first + 8 * n);
+          if (score.dropout_on && n % 2 == 0) kept = kept_of_query_rows(score, row + warp_row, first + 8 * n);
 #pragma unroll
           for (int e = 0; e < 4; ++e)
-            sum[0][n][e] += x[0][n][e] * (score.dropped(grad[0][n][e], kept >> e & 1) - rows[e / 2].delta);
+            sum[0][n][e] += x[0][n][e] * (score.dropped(grad[0][n][e], is_kept(kept, n, e)) - rows[e / 2].delta);
         }
       });
   store_mask_gradient(block, t.grad_attn_mask, memory, sum);

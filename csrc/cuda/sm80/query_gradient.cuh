@@ -90,10 +90,13 @@ __global__ void __launch_bounds__(kThreads)
     if constexpr (kFull) {
       if (score.dropout_on) {
 #pragma unroll
-        for (int n = 0; n < kGroups; ++n) {
+        for (int n = 0; n < kGroups; n += 2) {
           const uint32_t kept = kept_of_query_rows(score, row + warp_row, first + 8 * n);
 #pragma unroll
-          for (int e = 0; e < 4; ++e) grad[0][n][e] = kept >> e & 1 ? grad[0][n][e] * score.keep_scale : 0.0f;
+          for (int i = 0; i < 8; ++i) {
+            float& element = grad[0][n + i / 4][i % 4];
+            element = is_kept(kept, n + i / 4, i % 4) ? element * score.keep_scale : 0.0f;
+          }
         }
       }
       as_rows(x, [&](auto& scores) {

@@ -47,33 +47,33 @@ TA_DEVICE void set_unattended(float (&x)[kGroups][4], int half, const TileRange&
     if (!attended.contains(column_of_lane(i))) x[i / 2][2 * half + i % 2] = value;
 }
 
-// Dropout bits of one accumulator fragment whose rows are queries and columns keys: bit 2 · half + e for element
-// (half, e). The four keys of a Philox call belong to two lanes, which hold two rows each: each lane makes the call of
-// one row, half `lane % 2`, and hands it to the other. `row` and `dropout_head` are that row's.
-TA_DEVICE uint32_t kept_of_query_rows(const Dropout& dropout, int64_t dropout_head, int64_t row, int64_t key) {
-  const int odd = lane_index() & 1;
-  const int64_t group = key / Dropout::kKeysPerCall + lane_index() % 4 / 2;
-  const uint32_t mine = kept_keys(dropout, dropout_head, row, group);
-  const uint32_t other = __shfl_xor_sync(~0u, mine, 1);
-  const uint32_t first = odd ? other : mine, second = odd ? mine : other;
-  return (first >> 2 * odd & 3) | (second >> 2 * odd & 3) << 2;
-}
+// Dropout bits of two neighbouring accumulator fragments, 2n and 2n + 1, for all their elements i = 2 · half + e.
+TA_DEVICE bool is_kept(uint32_t kept, int n, int i) { return kept >> (n % 2 * 16 + i / 2 * 8 + i % 2) & 1; }
 
-// The same for the rows of one head, of which the fragment's first is `row`.
+// Where rows are queries, from `row` on, and columns keys, from `key` on. A Philox call's two rows and four keys belong
+// to four lanes, each of which holds as much of three other calls, those of the other half and the other fragment: each
+// lane makes one of the four calls, and bits go round.
 TA_DEVICE uint32_t kept_of_query_rows(const HeadScore<float>& score, int64_t row, int64_t key) {
-  return kept_of_query_rows(score.dropout, score.dropout_head, row + lane_index() / 4 + 8 * (lane_index() & 1), key);
+  const int lane = lane_index(), odd_key = lane & 1, odd_row = lane / 4 & 1;  // the lane's place; its call:
+  const int half = odd_key, fragment = odd_row;
+  uint32_t kept =
+      kept_of_call(score.dropout, score.dropout_head, row + 8 * half + lane / 4, key + 8 * fragment + 2 * (lane % 4))
+      << (16 * fragment + 8 * half);
+  kept |= __shfl_xor_sync(~0u, kept, 1);
+  kept |= __shfl_xor_sync(~0u, kept, 4);
+  return kept >> (4 * odd_row + 2 * odd_key);
 }
 
-// The same where rows are keys and columns queries. The four keys of a call belong to four lanes, which hold four
-// (half, e) pairs each: each lane makes the call of one pair.
+// The same where rows are keys and columns queries: the call's four keys belong to four lanes, its rows to each.
 TA_DEVICE uint32_t kept_of_key_rows(const HeadScore<float>& score, int64_t key, int64_t row) {
-  const int lane = lane_index(), place = lane / 4 % 4;  // of the lane's key in its call
-  const int64_t group = (key + 8 * (place / 2)) / Dropout::kKeysPerCall + lane / 16;
-  const uint32_t mine = kept_keys(score.dropout, score.dropout_head, row + 2 * (lane % 4) + place % 2, group);
-  uint32_t bits = 0;
-#pragma unroll
-  for (int pair = 0; pair < 4; ++pair) bits |= (__shfl_sync(~0u, mine, (lane & ~12) | pair << 2) >> place & 1) << pair;
-  return bits;
+  const int lane = lane_index(), place = lane / 4 % 4, half = place & 1, fragment = place / 2;
+  uint32_t kept =
+      kept_of_call(score.dropout, score.dropout_head, row + 8 * fragment + 2 * (lane % 4), key + 8 * half + lane / 4)
+      << (16 * fragment + 8 * half);
+  kept |= __shfl_xor_sync(~0u, kept, 4);
+  kept |= __shfl_xor_sync(~0u, kept, 8);
+  kept >>= place;
+  return (kept & 0x01010101u) | (kept >> 3 & 0x02020202u);
 }
 
 }  // namespace torch_attn::cuda::sm80

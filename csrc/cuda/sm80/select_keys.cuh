@@ -23,7 +23,7 @@ struct SelectShared {
 constexpr int kLaneKeys = kSelectKeys / 4;
 
 // Gumbel noise of the lane's keys in its two rows, `row` and row + 8. The four keys of a Philox call belong to two
-// lanes: each makes the call of one row and hands its neighbour's words over, as in kept_of_query_rows.
+// lanes: each makes the call of one row and hands its neighbour's words over.
 TA_DEVICE void gumbel_of_rows(const SelectionNoise& noise, int64_t noise_head, int64_t row, int64_t key,
                               float (&result)[2][kLaneKeys]) {
   const bool odd = lane_index() & 1;

@@ -25,6 +25,7 @@ BackwardResult attention_backward_cpu(const BackwardArguments& a) {
 Tensor dropout_keep_mask_cpu(const DropoutArguments& a) {
   const AttentionProblem p = make_dropout_problem(a);
   Tensor mask = at::empty({p.batch, p.heads, p.query_length, p.key_length}, a.rng_state.options().dtype(at::kBool));
+  if (p.dropout_p == 0) return mask.fill_(true);
   cpu::dropout_keep_mask(p, mask.mutable_data_ptr<bool>(), torch_threads());
   return mask;
 }

@@ -39,6 +39,7 @@ Tensor dropout_keep_mask_cuda(const DropoutArguments& a) {
   const c10::DeviceGuard guard(a.rng_state.device());
   const AttentionProblem p = make_dropout_problem(a);
   Tensor mask = at::empty({p.batch, p.heads, p.query_length, p.key_length}, a.rng_state.options().dtype(at::kBool));
+  if (p.dropout_p == 0) return mask.fill_(true);
   cuda::dropout_keep_mask(p, mask.mutable_data_ptr<bool>(), current_stream(mask));
   return mask;
 }

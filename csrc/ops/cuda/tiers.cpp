@@ -5,6 +5,7 @@
 #if defined(TORCH_ATTN_WITH_CUDA)
 #include <ATen/Context.h>
 
+#include "core/dropout.h"
 #include "cuda/map_kernels.h"
 #include "cuda/selection_kernels.h"
 #include "ops/cuda/precision.h"
@@ -46,7 +47,7 @@ std::vector<std::string> cuda_tiers(const CudaTiersArguments& a) {
   call.options.dropout_p = 0;  // no state of dropout is drawn
   const PreparedProblem prepared = make_problem(call, Tensor());
   AttentionProblem p = with_precision_of_matmul(prepared.problem);
-  p.dropout_p = a.options.dropout_p;
+  p.dropout_p = Dropout::rounded(a.options.dropout_p);
 
   cuda::DeviceFacts device;
   if (a.compute_capability == 0 && a.query.is_cuda()) device = cuda::device_facts(a.query.device().index());
