@@ -14,7 +14,7 @@
 namespace torch_attn::cpu {
 namespace {
 
-constexpr Isa kAllIsas[] = {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512, Isa::kAmx};
+constexpr Isa kAllIsas[] = {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kAmx};
 
 #if defined(__x86_64__)
 // Linux gives a process the tile registers' state only when it asks.
@@ -35,13 +35,16 @@ bool is_supported(Isa isa) {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   switch (isa) {
     case Isa::kAvx2:
       return avx2;
     case Isa::kAvx512:
       return avx512;
+    case Isa::kAvx512Bf16:
+      return avx512_bf16;
     case Isa::kAmx:
-      return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
+      return avx512_bf16 && __builtin_cpu_supports("amx-tile") &&
              __builtin_cpu_supports("amx-bf16") && may_use_tiles();
     default:
       return true;
@@ -89,6 +92,8 @@ const char* isa_name(Isa isa) {
       return "avx2";
     case Isa::kAvx512:
       return "avx512";
+    case Isa::kAvx512Bf16:
+      return "avx512_bf16";
     case Isa::kAmx:
       return "amx";
     default:
