@@ -15,7 +15,7 @@ const char* isa_name(Isa isa);  // a value of TORCH_ATTN_CPU_ISA: "avx512_bf16" 
 // In ascending order; the baseline is always there.
 std::vector<Isa> supported_isas();
 
-// The best supported one, or the one that the environment variable TORCH_ATTN_CPU_ISA names. The variable is read once.
+// The fastest of them, or the one that the environment variable TORCH_ATTN_CPU_ISA names. The variable is read once.
 // Throws std::invalid_argument (on every call) when it names no ISA or one that this CPU or build lacks.
 Isa active_isa();
 

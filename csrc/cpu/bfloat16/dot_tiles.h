@@ -1,5 +1,5 @@
-// The products of amx_tiles.h without tile registers: `vdpbf16ps` on vectors, which multiplies a pair of A, broadcast to
-// all lanes, with 16 pairs of B, and adds both products to a lane of C. Included by tiles.h.
+// The products of amx_tiles.h without tile registers: `vdpbf16ps` on vectors, which multiplies a pair of A, broadcast
+// to all lanes, with 16 pairs of B, and adds both products to a lane of C. Included by tiles.h.
 #pragma once
 
 #include "layouts.h"

@@ -2,35 +2,37 @@
 // instantiate/amx.cpp and instantiate/avx512_bf16.cpp.
 #pragma once
 
-#include "decode.h"
+#if defined(__AMX_BF16__)
+#include "decode_tiles.h"
+#else
+#include "decode_pairs.h"
+#endif
 #include "forward.h"
 #include "walk.h"
 
 namespace torch_attn::cpu::TORCH_ATTN_ISA {
 
+#if defined(__AMX_BF16__)
+using DecodeProducts = DecodeTiles;
+#else
+using DecodeProducts = DecodePairs;
+#endif
+
 // With fewer rows a panel's lanes would be mostly empty.
 constexpr int64_t kFewestRows = 16;
-// With fewer rows to a key/value head, tiles would be: the vectors of decode.h read memory faster then.
-constexpr int64_t kFewestDecodeRows = kFewRowsOfDecode + 1;
 
-// Forward takes fewer keys to be done before tiles are set up.
+// Forward takes fewer keys to be done before operands are packed.
 constexpr int64_t kFewestKeys = 32;
 
-static bool suits_amx(const AttentionProblem& p) {
-  return p.dtype == ScalarType::kBFloat16 && p.query_length >= kFewestRows && p.batch * p.kv_heads > 0;
-}
-
-static bool suits_amx_decode(const AttentionProblem& p) {
-  if (p.dtype != ScalarType::kBFloat16 || p.query_length == 0 || p.batch * p.kv_heads == 0) return false;
-  const int64_t group = p.heads / p.kv_heads;
-  if (p.key_length < kFewestKeys) return false;
-  if (p.query_length * group < kFewestDecodeRows) return false;
-  return p.query_length < kFewestRows || (p.query_length == kFewestRows && group > 1);
+static bool suits(const AttentionProblem& p) {
+  return p.dtype == ScalarType::kBFloat16 && p.query_length > 0 && p.batch * p.kv_heads > 0;
 }
 
 static void forward(const AttentionProblem& p, const ForwardOutputs& outputs, const Parallel& parallel) {
-  if (suits_amx_decode(p)) return decode_with<DecodeTiles>(p, outputs, parallel);
-  if (!suits_amx(p) || p.key_length < kFewestKeys) return kAvx512Kernels.forward(p, outputs, parallel);
+  if (!suits(p) || p.key_length < kFewestKeys) return kAvx512Kernels.forward(p, outputs, parallel);
+  if (DecodeProducts::suits(p.query_length, p.heads / p.kv_heads))
+    return decode_with<DecodeProducts>(p, outputs, parallel);
+  if (p.query_length < kFewestRows) return kAvx512Kernels.forward(p, outputs, parallel);
   const AmxForward kernel(p, outputs, parallel.threads);
   for_each_item(parallel, kernel.items(), [&](int64_t item, Scratch& scratch) { kernel.run(item, scratch); });
 }
@@ -47,7 +49,8 @@ static bool has_large_logsumexp(const AttentionProblem& p, const BackwardTensors
 }
 
 static void backward(const AttentionProblem& p, const BackwardTensors& t, const Parallel& parallel) {
-  if (!suits_amx(p) || has_large_logsumexp(p, t)) return kAvx512Kernels.backward(p, t, parallel);
+  if (!suits(p) || p.query_length < kFewestRows || has_large_logsumexp(p, t))
+    return kAvx512Kernels.backward(p, t, parallel);
   if (t.grad_attn_mask.defined()) mask_gradient<BackwardScores<GradientTile<float>>>(p, t, parallel);
   backward_with<AmxWalk>(p, t, parallel);
 }

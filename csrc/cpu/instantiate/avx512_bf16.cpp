@@ -4,6 +4,7 @@
 
 namespace torch_attn::cpu {
 
-const KernelTable kAvx512Bf16Kernels = {avx512_bf16::forward, avx512_bf16::backward, avx512_bf16::tangent_forward, avx512_bf16::tangent_backward};
+const KernelTable kAvx512Bf16Kernels = {avx512_bf16::forward, avx512_bf16::backward, avx512_bf16::tangent_forward,
+                                        avx512_bf16::tangent_backward};
 
 }  // namespace torch_attn::cpu
