@@ -55,7 +55,7 @@ bool is_supported(Isa isa) {
 
 // Whether a CPU that has the set gains from it. Intel's cores with AVX512_FP16 (Sapphire Rapids and later) spend the
 // time of four multiply-adds on a `vdpbf16ps`, which does the work of two: there avx512, which converts bfloat16 to
-// float32, measured 1.6 times faster. Zen 4 spends that of one; older and other cores are taken to do so, too.
+// float32, measured 1.6 times faster. Zen 4 is reported to spend that of one, and other cores are taken to do so.
 bool is_worthwhile(Isa isa) {
 #if defined(__x86_64__)
   if (isa == Isa::kAvx512Bf16) return !(__builtin_cpu_is("intel") && __builtin_cpu_supports("avx512fp16"));
