@@ -21,7 +21,7 @@ TA_INLINE void dot_block(int64_t steps, const TileOperand& a, int64_t m, const T
   for (int64_t step = 0; step < steps; ++step) {
     const char* rows = a.tile(step, m * a.row_bytes);
     const char* columns = b.tile(step, n * 64);
-#pragma GCC unroll 1
+#pragma GCC unroll 1  // 2: 5 to 15 % slower with a multiply-add in place of each vdpbf16ps
     for (int pair = 0; pair < kPairs; ++pair) {
       __m512bh column[kVectors];
 #pragma GCC unroll 4
@@ -51,6 +51,7 @@ TA_INLINE void dot_block(int64_t steps, const TileOperand& a, int64_t m, const T
 template <bool kAccumulate>
 TA_NOINLINE void tile_product(int64_t m_tiles, int64_t n_tiles, int64_t steps, TileOperand a, TileOperand b, float* c,
                               int64_t c_stride) {
+  // With the same, 12 × 2 vectors are up to 8 % slower, 4 × 4 up to 15 %.
   constexpr int kRows = 8;
   const auto cover = [&]<int kVectors>(int64_t n) TA_INLINE_LAMBDA {
     for (int64_t m = 0; m < m_tiles * kTileSide; m += kRows)

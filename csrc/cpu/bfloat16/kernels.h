@@ -12,14 +12,15 @@
 
 namespace torch_attn::cpu::TORCH_ATTN_ISA {
 
+// With fewer rows a panel's lanes would be mostly empty, and with fewer keys backward's tiles: what AMX gains makes up
+// for that, what `vdpbf16ps` can gain does not (16 rows and keys: 1.7 times slower than converting to float32).
 #if defined(__AMX_BF16__)
 using DecodeProducts = DecodeTiles;
+constexpr int64_t kFewestRows = 16, kFewestBackwardKeys = 1;
 #else
 using DecodeProducts = DecodePairs;
+constexpr int64_t kFewestRows = 17, kFewestBackwardKeys = 24;
 #endif
-
-// With fewer rows a panel's lanes would be mostly empty.
-constexpr int64_t kFewestRows = 16;
 
 // Forward takes fewer keys to be done before operands are packed.
 constexpr int64_t kFewestKeys = 32;
@@ -49,7 +50,7 @@ static bool has_large_logsumexp(const AttentionProblem& p, const BackwardTensors
 }
 
 static void backward(const AttentionProblem& p, const BackwardTensors& t, const Parallel& parallel) {
-  if (!suits(p) || p.query_length < kFewestRows || has_large_logsumexp(p, t))
+  if (!suits(p) || p.query_length < kFewestRows || p.key_length < kFewestBackwardKeys || has_large_logsumexp(p, t))
     return kAvx512Kernels.backward(p, t, parallel);
   if (t.grad_attn_mask.defined()) mask_gradient<BackwardScores<GradientTile<float>>>(p, t, parallel);
   backward_with<AmxWalk>(p, t, parallel);
