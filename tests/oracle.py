@@ -232,4 +232,4 @@ def assert_accurate(
 
 def assert_kernel_accurate(call: Call) -> None:
     """The operators of the library, on the instruction set that is active."""
-    assert_accurate(call, *run_kernel(call), rounds_weights=torch.ops.torch_attn.cpu_isa() == "amx")
+    assert_accurate(call, *run_kernel(call), rounds_weights=torch.ops.torch_attn.cpu_isa() in ("avx512_bf16", "amx"))

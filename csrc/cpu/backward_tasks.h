@@ -1,5 +1,5 @@
 // The backward pass (Dao et al. 2022, alg. 4): blocks of query rows walk over the keys, recompute the weights, and add
-// to the gradients of query, key and value. Included by the files that bring such a walk: backward.h, amx/walk.h,
+// to the gradients of query, key and value. Included by the files that bring such a walk: backward.h, bfloat16/walk.h,
 // tangent_backward.h and map_backward.h.
 #pragma once
 

@@ -19,7 +19,7 @@ constexpr int64_t kDecodeRows = larger(1, kLanes<Real> / 2);
 
 constexpr int64_t kSplitKeys = 512;  // fewest keys per piece
 
-// Products: DecodeVectors, or what amx/decode.h has.
+// Products: DecodeVectors, or those of bfloat16/.
 template <class Products>
 struct Decode {
   using Real = typename Products::Real;

@@ -13,6 +13,8 @@ const KernelTable& active_kernels() {
       return kAvx2Kernels;
     case Isa::kAvx512:
       return kAvx512Kernels;
+    case Isa::kAvx512Bf16:
+      return kAvx512Bf16Kernels;
     case Isa::kAmx:
       return kAmxKernels;
 #endif

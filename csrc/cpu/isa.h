@@ -7,15 +7,15 @@
 
 namespace torch_attn::cpu {
 
-// kAmx is AVX-512 with bfloat16 products on the tile registers of AMX.
-enum class Isa { kBaseline, kAvx2, kAvx512, kAmx };
+// kAvx512Bf16 is AVX-512 with bfloat16 products by `vdpbf16ps`, kAmx with those on the tile registers of AMX.
+enum class Isa { kBaseline, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
-const char* isa_name(Isa isa);  // "baseline", "avx2", "avx512", "amx": the values of TORCH_ATTN_CPU_ISA
+const char* isa_name(Isa isa);  // a value of TORCH_ATTN_CPU_ISA: "avx512_bf16" and so on
 
 // In ascending order; the baseline is always there.
 std::vector<Isa> supported_isas();
 
-// The best supported one, or the one that the environment variable TORCH_ATTN_CPU_ISA names. The variable is read once.
+// The fastest of them, or the one that the environment variable TORCH_ATTN_CPU_ISA names. The variable is read once.
 // Throws std::invalid_argument (on every call) when it names no ISA or one that this CPU or build lacks.
 Isa active_isa();
 

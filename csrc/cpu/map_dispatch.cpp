@@ -11,6 +11,8 @@ const MapKernelTable& active_kernels() {
       return kAvx2MapKernels;
     case Isa::kAvx512:
       return kAvx512MapKernels;
+    case Isa::kAvx512Bf16:
+      return kAvx512Bf16MapKernels;
     case Isa::kAmx:
       return kAmxMapKernels;
 #endif

@@ -26,6 +26,7 @@ extern const MapKernelTable kBaselineMapKernels;
 #if defined(__x86_64__)
 extern const MapKernelTable kAvx2MapKernels;
 extern const MapKernelTable kAvx512MapKernels;
+extern const MapKernelTable kAvx512Bf16MapKernels;
 extern const MapKernelTable kAmxMapKernels;
 #endif
 

@@ -10,7 +10,7 @@
 
 namespace torch_attn::cpu::TORCH_ATTN_ISA {
 
-// The two products, on vectors: one panel of one head's rows, with blocks of keys. The AMX kernels bring their own.
+// The two products, on vectors: one panel of one head's rows, with blocks of keys. bfloat16/ brings its own.
 template <class RealType>
 struct VectorPanel {
   using Real = RealType;

@@ -10,6 +10,7 @@ const SelectionTable& active_kernels() {
     case Isa::kAvx2:
       return kAvx2Selection;
     case Isa::kAvx512:
+    case Isa::kAvx512Bf16:
     case Isa::kAmx:
       return kAvx512Selection;
 #endif

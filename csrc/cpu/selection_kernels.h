@@ -33,7 +33,7 @@ struct SelectionTable {
 extern const SelectionTable kBaselineSelection;
 #if defined(__x86_64__)
 extern const SelectionTable kAvx2Selection;
-extern const SelectionTable kAvx512Selection;  // also AMX's
+extern const SelectionTable kAvx512Selection;  // also of avx512_bf16 and amx
 #endif
 
 }  // namespace torch_attn::cpu

@@ -1,9 +1,14 @@
 """`python -m torch_attn.info` names what was built and what runs."""
 
+import ctypes
 import os
+import platform
 import re
+import struct
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +17,11 @@ from torch_attn import _library
 from torch_attn.info import explain
 
 
-def info(**variables: str) -> dict[str, str]:
+def info(before: Callable[[], None] | None = None, **variables: str) -> dict[str, str]:
+    """What the command prints. ``before`` runs in its process, before the program starts."""
     command = [sys.executable, "-m", "torch_attn.info"]
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **variables}, check=True)
+    environment = {**os.environ, **variables}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True, preexec_fn=before)
     facts = [line.strip().split("  ", 1) for line in result.stdout.splitlines() if line.startswith("  ")]
     return {name: fact.strip() for name, fact in facts}
 
@@ -108,3 +115,29 @@ def test_info_names_the_forced_instruction_set(isa: str) -> None:
     facts = info(TORCH_ATTN_CPU_ISA=isa)
     assert facts["cpu"] == f"on: {isa} (forced by TORCH_ATTN_CPU_ISA={isa})"
     assert isa in facts["cpu instruction sets"].split(", ")
+
+
+def deny_tile_registers() -> None:
+    """From now on Linux refuses this process AMX's registers, as if the machine had none: by a seccomp filter on
+    arch_prctl(ARCH_REQ_XCOMP_PERM)."""
+    load_number, load_argument = struct.pack("HBBI", 0x20, 0, 0, 0), struct.pack("HBBI", 0x20, 0, 0, 16)
+    is_arch_prctl, is_request = struct.pack("HBBI", 0x15, 0, 3, 158), struct.pack("HBBI", 0x15, 0, 1, 0x1023)
+    refuse, allow = struct.pack("HBBI", 0x06, 0, 0, 0x00050001), struct.pack("HBBI", 0x06, 0, 0, 0x7FFF0000)
+    program = ctypes.create_string_buffer(load_number + is_arch_prctl + load_argument + is_request + refuse + allow)
+    rules = struct.pack("HxxxxxxP", 6, ctypes.addressof(program))
+    libc = ctypes.CDLL(None, use_errno=True)
+    no_new_privileges, set_filter, filter_mode = 38, 22, 2
+    if libc.prctl(no_new_privileges, 1, 0, 0, 0) or libc.prctl(set_filter, filter_mode, rules):
+        raise OSError(ctypes.get_errno(), "prctl")
+
+
+@pytest.mark.skipif(
+    "avx512_bf16" not in torch.ops.torch_attn.cpu_isas() or platform.system() != "Linux",
+    reason="needs a CPU with AVX512_BF16",
+)
+def test_vdpbf16ps_is_the_default_only_where_it_is_fast() -> None:
+    flags = Path("/proc/cpuinfo").read_text()
+    slow = "GenuineIntel" in flags and "avx512_fp16" in flags
+    facts = info(deny_tile_registers, TORCH_ATTN_CPU_ISA="")
+    assert facts["cpu instruction sets"].endswith("avx512, avx512_bf16")
+    assert facts["cpu"].startswith("on: avx512 " if slow else "on: avx512_bf16 ")

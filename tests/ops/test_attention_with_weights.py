@@ -50,7 +50,7 @@ def assert_near(actual: Results, given: dict[str, Any], mean: bool, dtype: torch
     wanted = exact({n: cast(x, torch.float64) for n, x in given.items()}, mean)
     yardstick = exact({n: cast(x, accumulator) for n, x in given.items()}, mean)
     for name, value in actual.items():
-        # AMX rounds the weights that it multiplies by value, and these are as many as there are keys.
+        # AMX and vdpbf16ps take rounded weights to multiply by value, and these are as many as there are keys.
         units = 64 * torch.finfo(accumulator).eps + (2 * torch.finfo(dtype).eps if dtype != accumulator else 0.0)
         bound = 4 * max_error(yardstick[name].double(), wanted[name]) + units * max(1.0, largest(wanted[name]))
         assert max_error(value, wanted[name]) <= bound, name

@@ -1,67 +1,8 @@
 // bfloat16 on AMX; everything else runs the AVX-512 kernels. CMakeLists.txt gives this file its compiler flags.
 #define TORCH_ATTN_ISA amx
-#include "../amx/decode.h"
-#include "../amx/forward.h"
-#include "../amx/walk.h"
+#include "../bfloat16/kernels.h"
 
 namespace torch_attn::cpu {
-namespace amx {
-
-// With fewer rows a panel's lanes would be mostly empty.
-constexpr int64_t kFewestRows = 16;
-// With fewer rows to a key/value head, tiles would be: the vectors of decode.h read memory faster then.
-constexpr int64_t kFewestDecodeRows = kFewRowsOfDecode + 1;
-
-// Forward takes fewer keys to be done before tiles are set up.
-constexpr int64_t kFewestKeys = 32;
-
-static bool suits_amx(const AttentionProblem& p) {
-  return p.dtype == ScalarType::kBFloat16 && p.query_length >= kFewestRows && p.batch * p.kv_heads > 0;
-}
-
-static bool suits_amx_decode(const AttentionProblem& p) {
-  if (p.dtype != ScalarType::kBFloat16 || p.query_length == 0 || p.batch * p.kv_heads == 0) return false;
-  const int64_t group = p.heads / p.kv_heads;
-  if (p.key_length < kFewestKeys) return false;
-  if (p.query_length * group < kFewestDecodeRows) return false;
-  return p.query_length < kFewestRows || (p.query_length == kFewestRows && group > 1);
-}
-
-static void forward(const AttentionProblem& p, const ForwardOutputs& outputs, const Parallel& parallel) {
-  if (suits_amx_decode(p)) return decode_with<DecodeTiles>(p, outputs, parallel);
-  if (!suits_amx(p) || p.key_length < kFewestKeys) return kAvx512Kernels.forward(p, outputs, parallel);
-  const AmxForward kernel(p, outputs, parallel.threads);
-  for_each_item(parallel, kernel.items(), [&](int64_t item, Scratch& scratch) { kernel.run(item, scratch); });
-}
-
-// Rows whose weights must be normalised once more are left to the kernels that do so.
-static bool has_large_logsumexp(const AttentionProblem& p, const BackwardTensors& t) {
-  const float* logsumexp = static_cast<const float*>(t.logsumexp);
-  bool any = false;
-  for (int64_t head = 0; head < p.batch * p.heads; ++head) {
-    const float* row = logsumexp + p.first_row(head / p.heads, head % p.heads);
-    for (int64_t i = 0; i < p.query_length; ++i) any |= is_large_logsumexp(row[i]);
-  }
-  return any;
-}
-
-static void backward(const AttentionProblem& p, const BackwardTensors& t, const Parallel& parallel) {
-  if (!suits_amx(p) || has_large_logsumexp(p, t)) return kAvx512Kernels.backward(p, t, parallel);
-  if (t.grad_attn_mask.defined()) mask_gradient<BackwardScores<GradientTile<float>>>(p, t, parallel);
-  backward_with<AmxWalk>(p, t, parallel);
-}
-
-static void tangent_forward(const AttentionProblem& p, const Tangents& tangents, const TangentForwardOutputs& outputs,
-                            const Parallel& parallel) {
-  kAvx512Kernels.tangent_forward(p, tangents, outputs, parallel);
-}
-
-static void tangent_backward(const AttentionProblem& p, const Tangents& tangents, const TangentBackwardTensors& t,
-                             const Parallel& parallel) {
-  kAvx512Kernels.tangent_backward(p, tangents, t, parallel);
-}
-
-}  // namespace amx
 
 const KernelTable kAmxKernels = {amx::forward, amx::backward, amx::tangent_forward, amx::tangent_backward};
 

@@ -1,29 +1,9 @@
-// bfloat16 weights on AMX; the other kernels of attention maps are those of AVX-512. CMakeLists.txt gives this file its
-// compiler flags.
+// bfloat16 weights on AMX; the other kernels of attention maps are those of AVX-512. CMakeLists.txt gives this file
+// its compiler flags.
 #define TORCH_ATTN_ISA amx
-#include "../amx/weights.h"
+#include "../bfloat16/map_kernels.h"
 
 namespace torch_attn::cpu {
-namespace amx {
-
-// With fewer, a panel's lanes or a tile's keys would be mostly empty.
-constexpr int64_t kFewestMapRows = 16, kFewestMapKeys = 32;
-
-static void map_weights(const AttentionProblem& p, const SoftmaxOutputs& outputs, const Parallel& parallel) {
-  const bool suits = p.dtype == ScalarType::kBFloat16 && p.batch * p.kv_heads > 0 && p.query_length >= kFewestMapRows &&
-                     p.key_length >= kFewestMapKeys;
-  suits ? weights_with<AmxPanel>(p, outputs, parallel) : kAvx512MapKernels.weights(p, outputs, parallel);
-}
-
-static void map_statistics(const AttentionProblem& p, const StatisticsOutputs& outputs, const Parallel& parallel) {
-  kAvx512MapKernels.statistics(p, outputs, parallel);
-}
-
-static void map_backward(const AttentionProblem& p, const MapBackwardTensors& tensors, const Parallel& parallel) {
-  kAvx512MapKernels.backward(p, tensors, parallel);
-}
-
-}  // namespace amx
 
 const MapKernelTable kAmxMapKernels = {amx::map_statistics, amx::map_weights, amx::map_backward};
 

@@ -1,5 +1,5 @@
-// Matrix products of bfloat16 on AMX's tile registers, and the layouts that they read. Included by amx/forward.h and
-// amx/walk.h, compiled in instantiate/amx.cpp only.
+// The layouts of the operands that products of bfloat16 read, and what makes them. Included by the two kinds of tile
+// products, amx_tiles.h and dot_tiles.h.
 //
 // A tile product adds A (16 × 32) times B (32 × 16) to C (16 × 16, float). A lies in memory by rows. B lies in pairs:
 // two consecutive rows interleaved, so that each 32-bit element holds two neighbours along the summed dimension. C lies
@@ -13,24 +13,6 @@ namespace torch_attn::cpu::TORCH_ATTN_ISA {
 
 constexpr int64_t kTileSide = 16;   // rows and columns of C
 constexpr int64_t kTileDepth = 32;  // summed elements per product
-
-// Configures this thread's tiles while it lives: all eight are 16 rows of 64 bytes.
-class TileSession {
- public:
-  TileSession() {
-    struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {};
-      uint8_t rows[16] = {};
-    } config;
-    for (int i = 0; i < 8; ++i) config.row_bytes[i] = 64, config.rows[i] = 16;
-    asm volatile("" ::: "memory");  // GCC 12 does not know how much of it the instruction reads
-    _tile_loadconfig(&config);
-  }
-  ~TileSession() { _tile_release(); }
-  TileSession(const TileSession&) = delete;
-  TileSession& operator=(const TileSession&) = delete;
-};
 
 // An operand's address and how far apart, in bytes, its tile rows and its successive tiles along the sum are.
 struct TileOperand {
@@ -47,77 +29,6 @@ struct TileOperand {
 struct NothingBeside {
   TA_INLINE void operator()(int64_t) const {}
 };
-
-// kM × kN (each 1 or 2) tiles of C. C's tiles are 0 … 3, A's 4 and 5, B's 6 and 7. beside(tiles) is called after each
-// step's products, of which there are `tiles`: for 16 cycles each, the vector units have nothing to do.
-template <int kM, int kN, bool kAccumulate, class Beside>
-TA_INLINE void tile_block(int64_t steps, const TileOperand& a, int64_t m, const TileOperand& b, int64_t n, float* c,
-                          int64_t c_stride, Beside& beside) {
-  const int64_t c_bytes = c_stride * 4;
-  float* c1 = c + kTileSide * c_stride;
-  if constexpr (kAccumulate) {
-    _tile_loadd(0, c, c_bytes);
-    if constexpr (kN == 2) _tile_loadd(1, c + kTileSide, c_bytes);
-    if constexpr (kM == 2) _tile_loadd(2, c1, c_bytes);
-    if constexpr (kM == 2 && kN == 2) _tile_loadd(3, c1 + kTileSide, c_bytes);
-  } else {
-    _tile_zero(0);
-    if constexpr (kN == 2) _tile_zero(1);
-    if constexpr (kM == 2) _tile_zero(2);
-    if constexpr (kM == 2 && kN == 2) _tile_zero(3);
-  }
-  for (int64_t step = 0; step < steps; ++step) {
-    _tile_loadd(4, a.tile(step, m * kTileSide * a.row_bytes), a.row_bytes);
-    _tile_loadd(6, b.tile(step, n * 64), b.row_bytes);
-    _tile_dpbf16ps(0, 4, 6);
-    if constexpr (kN == 2) {
-      _tile_loadd(7, b.tile(step, n * 64 + 64), b.row_bytes);
-      _tile_dpbf16ps(1, 4, 7);
-    }
-    if constexpr (kM == 2) {
-      _tile_loadd(5, a.tile(step, (m + 1) * kTileSide * a.row_bytes), a.row_bytes);
-      _tile_dpbf16ps(2, 5, 6);
-      if constexpr (kN == 2) _tile_dpbf16ps(3, 5, 7);
-    }
-    beside(kM * kN);
-  }
-  _tile_stored(0, c, c_bytes);
-  if constexpr (kN == 2) _tile_stored(1, c + kTileSide, c_bytes);
-  if constexpr (kM == 2) _tile_stored(2, c1, c_bytes);
-  if constexpr (kM == 2 && kN == 2) _tile_stored(3, c1 + kTileSide, c_bytes);
-}
-
-// c = a · b, or c += a · b, for m_tiles × n_tiles tiles of c and a sum over `steps` tile depths.
-template <bool kAccumulate, class Beside>
-TA_INLINE void tile_product_beside(int64_t m_tiles, int64_t n_tiles, int64_t steps, TileOperand a, TileOperand b,
-                                   float* c, int64_t c_stride, Beside& beside) {
-  // GCC's tile intrinsics do not tell the compiler that they read and write memory.
-  asm volatile("" ::: "memory");
-  for (int64_t n = 0; n < n_tiles; n += 2) {
-    const bool two_columns = n + 1 < n_tiles;
-    for (int64_t m = 0; m < m_tiles; m += 2) {
-      const bool two_rows = m + 1 < m_tiles;
-      float* place = c + m * kTileSide * c_stride + n * kTileSide;
-      if (two_rows && two_columns) {
-        tile_block<2, 2, kAccumulate>(steps, a, m, b, n, place, c_stride, beside);
-      } else if (two_columns) {
-        tile_block<1, 2, kAccumulate>(steps, a, m, b, n, place, c_stride, beside);
-      } else if (two_rows) {
-        tile_block<2, 1, kAccumulate>(steps, a, m, b, n, place, c_stride, beside);
-      } else {
-        tile_block<1, 1, kAccumulate>(steps, a, m, b, n, place, c_stride, beside);
-      }
-    }
-  }
-  asm volatile("" ::: "memory");
-}
-
-template <bool kAccumulate>
-TA_NOINLINE void tile_product(int64_t m_tiles, int64_t n_tiles, int64_t steps, TileOperand a, TileOperand b, float* c,
-                              int64_t c_stride) {
-  NothingBeside nothing;
-  tile_product_beside<kAccumulate>(m_tiles, n_tiles, steps, a, b, c, c_stride, nothing);
-}
 
 // bfloat16 rows, whose stride counts elements.
 struct HalfRows {

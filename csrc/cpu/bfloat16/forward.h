@@ -1,6 +1,5 @@
-// The forward pass for bfloat16 on AMX: the same walk over the keys as ../forward.h, whose comments apply, with both
-// products on tile registers. Weights are rounded to bfloat16 for the second product, their sum is not. Included by
-// instantiate/amx.cpp.
+// The forward pass for bfloat16: the same walk over the keys as ../forward.h, whose comments apply, with the products
+// of tiles.h. Weights are rounded to bfloat16 for the second product, their sum is not. Included by kernels.h.
 #pragma once
 
 #include "../forward.h"

@@ -1,5 +1,5 @@
 // What dropout keeps of a tile of weights, in the layout of a B operand (tiles.h): neighbouring keys are neighbours, as
-// they are in a word of core/dropout.h. So one comparison serves 32 weights. Included by amx/forward.h.
+// they are in a word of core/dropout.h. So one comparison serves 32 weights. Included by bfloat16/forward.h.
 #pragma once
 
 #include "../dropout_tile.h"

@@ -1,4 +1,4 @@
-// The two products of ../map_weights.h on AMX, for bfloat16. Included by instantiate/map_amx.cpp.
+// The two products of ../map_weights.h for bfloat16, those of tiles.h. Included by map_kernels.h.
 #pragma once
 
 #include "../map_weights.h"

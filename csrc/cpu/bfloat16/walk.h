@@ -1,5 +1,5 @@
-// The backward pass for bfloat16 on AMX: what ../backward_walk.h does, with all five products on tile registers.
-// Weights and score gradients are rounded to bfloat16 for the products that read them. Included by instantiate/amx.cpp.
+// The backward pass for bfloat16: what ../backward_walk.h does, with the products of tiles.h. Weights and score
+// gradients are rounded to bfloat16 for the products that read them. Included by kernels.h.
 #pragma once
 
 #include "../backward_tasks.h"

@@ -1,6 +1,5 @@
 // The two products of ../decode.h for bfloat16 on AMX's tiles, whose time hardly depends on the number of rows up to
-// 16: one key/value block is multiplied with the rows of all heads that read it at once. Included by
-// instantiate/amx.cpp.
+// 16: one key/value block is multiplied with the rows of all heads that read it at once. Included by kernels.h.
 #pragma once
 
 #include "../decode.h"
@@ -12,6 +11,13 @@ struct DecodeTiles {
   using Real = float;
   static constexpr int64_t kRowGranule = kTileSide;
   static constexpr int64_t kColumnGranule = kTileDepth;
+
+  // With fewer rows to a key/value head, tiles would be mostly empty: the vectors of ../decode.h read memory faster
+  // then.
+  static bool suits(int64_t query_length, int64_t group) {
+    return query_length * group > kFewRowsOfDecode &&
+           (query_length < kTileSide || (query_length == kTileSide && group > 1));
+  }
 
   const AttentionProblem& p;
   int64_t batch, kv_head, rows, all_rows, head_dim, value_dim;

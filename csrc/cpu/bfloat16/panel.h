@@ -1,5 +1,5 @@
-// What the AMX kernels share beside the tiles: the width of a panel, and the exponential of weights that will be
-// rounded to bfloat16. Included by amx/forward.h and amx/weights.h.
+// What the kernels for bfloat16 share beside the tiles: the width of a panel, and the exponential of weights that will
+// be rounded to bfloat16. Included by forward.h, weights.h and decode_pairs.h.
 #pragma once
 
 #include "../math.h"

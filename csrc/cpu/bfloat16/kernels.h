@@ -1,0 +1,69 @@
+// What runs in bfloat16 at the instruction sets that multiply it, and what is left to the AVX-512 kernels. Included by
+// instantiate/amx.cpp and instantiate/avx512_bf16.cpp.
+#pragma once
+
+#if defined(__AMX_BF16__)
+#include "decode_tiles.h"
+#else
+#include "decode_pairs.h"
+#endif
+#include "forward.h"
+#include "walk.h"
+
+namespace torch_attn::cpu::TORCH_ATTN_ISA {
+
+// With fewer rows a panel's lanes would be mostly empty, and with fewer keys backward's tiles: what AMX gains makes up
+// for that, what `vdpbf16ps` can gain does not (16 rows and keys: 1.7 times slower than converting to float32).
+#if defined(__AMX_BF16__)
+using DecodeProducts = DecodeTiles;
+constexpr int64_t kFewestRows = 16, kFewestBackwardKeys = 1;
+#else
+using DecodeProducts = DecodePairs;
+constexpr int64_t kFewestRows = 17, kFewestBackwardKeys = 24;
+#endif
+
+// Forward takes fewer keys to be done before operands are packed.
+constexpr int64_t kFewestKeys = 32;
+
+static bool suits(const AttentionProblem& p) {
+  return p.dtype == ScalarType::kBFloat16 && p.query_length > 0 && p.batch * p.kv_heads > 0;
+}
+
+static void forward(const AttentionProblem& p, const ForwardOutputs& outputs, const Parallel& parallel) {
+  if (!suits(p) || p.key_length < kFewestKeys) return kAvx512Kernels.forward(p, outputs, parallel);
+  if (DecodeProducts::suits(p.query_length, p.heads / p.kv_heads))
+    return decode_with<DecodeProducts>(p, outputs, parallel);
+  if (p.query_length < kFewestRows) return kAvx512Kernels.forward(p, outputs, parallel);
+  const AmxForward kernel(p, outputs, parallel.threads);
+  for_each_item(parallel, kernel.items(), [&](int64_t item, Scratch& scratch) { kernel.run(item, scratch); });
+}
+
+// Rows whose weights must be normalised once more are left to the kernels that do so.
+static bool has_large_logsumexp(const AttentionProblem& p, const BackwardTensors& t) {
+  const float* logsumexp = static_cast<const float*>(t.logsumexp);
+  bool any = false;
+  for (int64_t head = 0; head < p.batch * p.heads; ++head) {
+    const float* row = logsumexp + p.first_row(head / p.heads, head % p.heads);
+    for (int64_t i = 0; i < p.query_length; ++i) any |= is_large_logsumexp(row[i]);
+  }
+  return any;
+}
+
+static void backward(const AttentionProblem& p, const BackwardTensors& t, const Parallel& parallel) {
+  if (!suits(p) || p.query_length < kFewestRows || p.key_length < kFewestBackwardKeys || has_large_logsumexp(p, t))
+    return kAvx512Kernels.backward(p, t, parallel);
+  if (t.grad_attn_mask.defined()) mask_gradient<BackwardScores<GradientTile<float>>>(p, t, parallel);
+  backward_with<AmxWalk>(p, t, parallel);
+}
+
+static void tangent_forward(const AttentionProblem& p, const Tangents& tangents, const TangentForwardOutputs& outputs,
+                            const Parallel& parallel) {
+  kAvx512Kernels.tangent_forward(p, tangents, outputs, parallel);
+}
+
+static void tangent_backward(const AttentionProblem& p, const Tangents& tangents, const TangentBackwardTensors& t,
+                             const Parallel& parallel) {
+  kAvx512Kernels.tangent_backward(p, tangents, t, parallel);
+}
+
+}  // namespace torch_attn::cpu::TORCH_ATTN_ISA

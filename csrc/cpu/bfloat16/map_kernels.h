@@ -1,0 +1,26 @@
+// What kernels.h is for the kernels of attention maps. Included by instantiate/map_amx.cpp and
+// instantiate/map_avx512_bf16.cpp.
+#pragma once
+
+#include "weights.h"
+
+namespace torch_attn::cpu::TORCH_ATTN_ISA {
+
+// With fewer, a panel's lanes or a tile's keys would be mostly empty.
+constexpr int64_t kFewestMapRows = 16, kFewestMapKeys = 32;
+
+static void map_weights(const AttentionProblem& p, const SoftmaxOutputs& outputs, const Parallel& parallel) {
+  const bool suits = p.dtype == ScalarType::kBFloat16 && p.batch * p.kv_heads > 0 && p.query_length >= kFewestMapRows &&
+                     p.key_length >= kFewestMapKeys;
+  suits ? weights_with<AmxPanel>(p, outputs, parallel) : kAvx512MapKernels.weights(p, outputs, parallel);
+}
+
+static void map_statistics(const AttentionProblem& p, const StatisticsOutputs& outputs, const Parallel& parallel) {
+  kAvx512MapKernels.statistics(p, outputs, parallel);
+}
+
+static void map_backward(const AttentionProblem& p, const MapBackwardTensors& tensors, const Parallel& parallel) {
+  kAvx512MapKernels.backward(p, tensors, parallel);
+}
+
+}  // namespace torch_attn::cpu::TORCH_ATTN_ISA
