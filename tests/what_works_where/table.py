@@ -32,8 +32,8 @@ fails when this file says anything else. ✓: a test of exactly this combination
 mask, ALiBi slopes and sinks as well where the row has gradients, passes on the CPU. *fused*: in this library's kernels,
 at O(L) memory. *composite*: by PyTorch's operations, which store the (L, S) scores.
 
-On CUDA nothing here has run yet: the kernels of forward and backward are compiled and tested in an emulator, and
-forward mode and second derivatives are composite there.
+On CUDA, forward and backward are fused as well, and forward mode and second derivatives composite; `tests/cuda` tries
+options, derivatives, autocast, torch.compile, TorchScript and CUDA graphs on a GPU, but not this table.
 """
 
 
