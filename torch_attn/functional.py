@@ -127,8 +127,8 @@ def attention(
         value: (..., Hkv, S, Dv).
         attn_mask: broadcastable to (..., Hq, L, S); bool (True: attend) or floating (added). A floating mask receives
             a gradient in its own shape.
-        dropout_p: probability in [0, 1] of dropping a weight, rounded to a multiple of 2⁻¹⁶. The bits depend on the seed
-            and the weight's place only.
+        dropout_p: probability in [0, 1] of dropping a weight, rounded to a multiple of 2⁻¹⁶. The bits depend on the
+            seed and the weight's place only.
         is_causal: a row at key position p attends no key right of p. May be combined with every other mask.
         scale: factor of query · key; ``1 / sqrt(D)`` when None.
         window_left, window_right: attend keys p − window_left to p + window_right; None: no bound on that side.
