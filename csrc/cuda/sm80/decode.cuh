@@ -147,23 +147,7 @@ __global__ void __launch_bounds__(kThreads)
       } else if (tested) {
         set_unattended(x[0], half, TileRange::keys_of_row(score[half], place[half].row, first, kKeys), -INFINITY);
       }
-      float largest = maximum[half];
-#pragma unroll
-      for (int n = 0; n < kGroups; ++n) largest = fmaxf(largest, fmaxf(x[0][n][2 * half], x[0][n][2 * half + 1]));
-      largest = row_max(largest);
-      const float safe = Softmax::safe_maximum(largest);
-      const float rescale = maximum[half] == largest ? 1.0f : ptx::ex2_approx((maximum[half] - largest) * factor);
-      maximum[half] = largest;
-      float total = 0;
-#pragma unroll
-      for (int n = 0; n < kGroups; ++n)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& element = x[0][n][2 * half + e];
-          element = ptx::ex2_approx(kFull ? (element - safe) * factor : element * factor - safe * factor);
-          total += element;
-        }
-      sum[half] = sum[half] * rescale + total;
+      const float rescale = softmax_row<kFull>(x[0], half, maximum[half], sum[half], factor);
 #pragma unroll
       for (int n = 0; n < kDim / 8; ++n) {
         result[0][n][2 * half] *= rescale;

@@ -116,25 +116,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int m = 0; m < kM; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float largest = maximum[m][half];
-#pragma unroll
-        for (int n = 0; n < kGroups; ++n) largest = fmaxf(largest, fmaxf(x[m][n][2 * half], x[m][n][2 * half + 1]));
-        largest = row_max(largest);
-        const float safe = Softmax::safe_maximum(largest);
-        const float rescale =
-            maximum[m][half] == largest ? 1.0f : ptx::ex2_approx((maximum[m][half] - largest) * factor);
-        maximum[m][half] = largest;
-        float total = 0;
-#pragma unroll
-        for (int n = 0; n < kGroups; ++n)
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            float& element = x[m][n][2 * half + e];
-            // A full kernel subtracts first: a mask's −3e38 times the factor would be infinite.
-            element = ptx::ex2_approx(kFull ? (element - safe) * factor : element * factor - safe * factor);
-            total += element;
-          }
-        sum[m][half] = sum[m][half] * rescale + total;
+        const float rescale = softmax_row<kFull>(x[m], half, maximum[m][half], sum[m][half], factor);
 #pragma unroll
         for (int n = 0; n < kDim / 8; ++n) {
           result[m][n][2 * half] *= rescale;

@@ -47,6 +47,31 @@ TA_DEVICE void set_unattended(float (&x)[kGroups][4], int half, const TileRange&
     if (!attended.contains(column_of_lane(i))) x[i / 2][2 * half + i % 2] = value;
 }
 
+// The online softmax of half of an accumulator, with this lane's part of the row's sum: scores become weights,
+// 2^((score − maximum) · factor). Returns what all that was summed before is to be multiplied by.
+template <bool kFull, int kGroups>
+TA_DEVICE float softmax_row(float (&x)[kGroups][4], int half, float& maximum, float& sum, float factor) {
+  float largest = maximum;
+#pragma unroll
+  for (int n = 0; n < kGroups; ++n) largest = fmaxf(largest, fmaxf(x[n][2 * half], x[n][2 * half + 1]));
+  largest = row_max(largest);
+  const float safe = OnlineSoftmax<Math<float>>::safe_maximum(largest), shift = safe * factor;
+  const float rescale = maximum == largest ? 1.0f : ptx::ex2_approx((maximum - largest) * factor);
+  maximum = largest;
+  float total = 0;
+#pragma unroll
+  for (int n = 0; n < kGroups; ++n)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      float& element = x[n][2 * half + e];
+      // A full kernel subtracts first: a mask's −3e38 times the factor would be infinite.
+      element = ptx::ex2_approx(kFull ? (element - safe) * factor : element * factor - shift);
+      total += element;
+    }
+  sum = sum * rescale + total;
+  return rescale;
+}
+
 // Dropout bits of two neighbouring accumulator fragments, 2n and 2n + 1, for all their elements i = 2 · half + e.
 TA_DEVICE bool is_kept(uint32_t kept, int n, int i) { return kept >> (n % 2 * 16 + i / 2 * 8 + i % 2) & 1; }
 

@@ -152,25 +152,8 @@ __global__ void __launch_bounds__(ForwardShape<kDim>::kThreads, ForwardShape<kDi
                              -INFINITY);
     }
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float largest = maximum[half];
-#pragma unroll
-      for (int n = 0; n < kGroups; ++n) largest = fmaxf(largest, fmaxf(x[n][2 * half], x[n][2 * half + 1]));
-      largest = row_max(largest);
-      const float safe = Softmax::safe_maximum(largest) * factor;
-      rescale[half] = maximum[half] == largest ? 1.0f : ptx::ex2_approx((maximum[half] - largest) * factor);
-      maximum[half] = largest;
-      float total = 0;
-#pragma unroll
-      for (int n = 0; n < kGroups; ++n)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& element = x[n][2 * half + e];
-          element = ptx::ex2_approx(element * factor - safe);
-          total += element;
-        }
-      sum[half] = sum[half] * rescale[half] + total;
-    }
+    for (int half = 0; half < 2; ++half)
+      rescale[half] = sm80::softmax_row<false>(x, half, maximum[half], sum[half], factor);
   };
   const auto round_weights = [&](uint32_t (&rounded)[kKeys / 16][4]) {
 #pragma unroll
