@@ -108,14 +108,6 @@ class RowsAhead {
   int64_t rows_ = 0, portion_ = 0;
 };
 
-// Rows [row, row + count) of one head, unless they cross a page.
-TA_INLINE void add_head_rows(const TensorView& view, int64_t batch, int64_t head, int64_t row, int64_t count,
-                             int64_t columns, RowsAhead& ahead) {
-  if (count <= 0 || !is_one_run(view, row, count)) return;
-  const int64_t size = element_size(view.dtype);
-  ahead.add(element(view, batch, head, row), view.stride[2] * size, columns * size, count);
-}
-
 // The block of keys and values after this one, of which each panel asks for a share: rows that come from further away
 // than the L2 cache would arrive too late for that block's first panel.
 struct NextRows {
