@@ -85,6 +85,12 @@ struct VectorWalk {
               attend<kVectors>(block, stage, block.panels.offset[i], key, keys, key_rows, value_rows, slope_gradient);
           begin[i] = span.begin, end[i] = span.end;
         });
+        const int then = block.panels.after(i);
+        const int64_t offset = block.panels.offset[then], width = block.panels.vectors[then] * kLanes<Real>;
+        RowsAhead ahead;
+        add_bias(stage.mask_rows, block.row + offset, smaller(width, block.rows - offset), then > 0 ? key : key + keys,
+                 kBackwardKeys, ahead);
+        ahead.ask_for_rest();
       }
       if (b.needs_value) {
         accumulate_gradient<Real>(block.panels, begin, end, keys, b.value_columns, {weights, kBackwardKeys}, block.rows,
@@ -117,7 +123,6 @@ struct VectorWalk {
       fill<Real>(panel_gradients + span.begin * width, 0, (span.end - span.begin) * width);
       return span;
     }
-    prefetch_next_bias(stage.mask_rows, block.row, block.rows, offset, width, key, keys);
     if (b.needs_query) {
       combine_rows<Real, kVectors, false>(
           p.head_dim, span.end - span.begin, key_rows.data + span.begin * key_rows.stride, key_rows.stride,

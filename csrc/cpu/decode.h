@@ -73,13 +73,16 @@ struct Decode {
     const int64_t begin = larger(piece * piece_keys, any.begin), end = smaller((piece + 1) * piece_keys, any.end);
     for (int64_t key = begin; key < end; key += kDecodeKeys) {
       const int64_t keys = smaller(kDecodeKeys, end - key);
-      products.dots(key, keys, scores);
+      // Each product asks memory for what the next one reads.
+      LinesAhead values_ahead(p.value, batch, kv_head, key, keys, p.value_dim);
+      LinesAhead keys_ahead(p.key, batch, kv_head, key + keys, smaller(kDecodeKeys, end - key - keys), p.head_dim);
+      products.dots(key, keys, scores, values_ahead);
       for (int64_t row = 0; row < rows; ++row) {
         const ScoreStage<Real> stage(p, batch, head_of(kv_head, row));
         rescale[row] = add_keys(stage, batch, head_of(kv_head, row), row % p.query_length, key, keys,
                                 scores + row * kDecodeKeys, bias, state + row * state_size);
       }
-      products.combine(key, keys, scores, rescale, state + 2 * kLaneCount, state_size);
+      products.combine(key, keys, scores, rescale, state + 2 * kLaneCount, state_size, keys_ahead);
     }
     if (pieces > 1) return;
     for (int64_t row = 0; row < rows; ++row)

@@ -119,10 +119,16 @@ struct Forward {
       const NextRows next(p, block.batch, kv_head, key + keys, kForwardKeys, range.end - key - keys,
                           block.panels.count);
       for (int i = 0; i < block.panels.count; ++i) {
-        next.prefetch(i);
+        RowsAhead ahead;
+        next.add_share(i, ahead);
+        const int then = block.panels.after(i);
+        const int64_t offset = block.panels.offset[then], width = block.panels.vectors[then] * kLanes<Real>;
+        add_bias(stage.mask_rows, block.row + offset, smaller(width, block.rows - offset), then > 0 ? key : key + keys,
+                 kForwardKeys, ahead);
         with_vectors(block.panels.vectors[i], [&]<int kVectors>() {
-          add_keys<kVectors>(block, block.panels.offset[i], stage, bias, key, keys, key_rows, value_rows);
+          add_keys<kVectors>(block, block.panels.offset[i], stage, bias, key, keys, key_rows, value_rows, ahead);
         });
+        ahead.ask_for_rest();
       }
     }
     finish(block, stage.score_factor(), scratch);
@@ -141,24 +147,26 @@ struct Forward {
   // Lets one panel, the one that starts at lane offset, attend one block of keys.
   template <int kVectors>
   TA_NOINLINE void add_keys(const Block& block, int64_t offset, const ScoreStage<Real>& stage, BiasTile<Real> bias,
-                            int64_t key, int64_t keys, Rows<Real> key_rows, Rows<Real> value_rows) const {
+                            int64_t key, int64_t keys, Rows<Real> key_rows, Rows<Real> value_rows,
+                            RowsAhead& ahead) const {
     constexpr int64_t width = kVectors * kLanes<Real>;
     const int64_t row = block.row + offset, rows = smaller(width, block.rows - offset);
     const KeySpan span = KeySpan::of(stage.band, row, rows, key, keys, kTileRows<kVectors>);
     if (span.empty()) return;
     if (stage.mask && !stage.mask_is_per_key() &&
-        !load_bias_per_lane(stage.mask_rows, row, rows, width, key, span.begin, span.end, block.staging, block.bias,
-                            bias)) {
+        !load_bias_per_lane(stage.mask_rows, row, rows, width, key, span.begin, span.end, block.staging,
+                            stage.takes_bias_in_place(span) ? block.scores : block.bias, bias)) {
       return;
     }
+    ahead.divide((span.end - span.begin + p.value_dim) / kTileRows<kVectors>);
+    const auto between = [&] { ahead.ask_for_portion(); };
     Real *maximum = block.maximum + offset, *old_maximum = block.old_maximum + offset,
          *rescale = block.rescale + offset;
     __builtin_memcpy(old_maximum, maximum, width * sizeof(Real));
     const bool in_place = block.rows <= kFewQueries && p.dtype == kStoredAs<Real>;
     if (in_place) prefetch_rows(value_rows, span.begin, span.end - span.begin, p.value_dim);
     score_tile<Real, kVectors, true>(stage, bias, span, p.head_dim, key_rows, block.query + offset * p.head_dim, row,
-                                     key, block.scores, nullptr, maximum);
-    prefetch_next_bias(stage.mask_rows, block.row, block.rows, offset, width, key, keys);
+                                     key, block.scores, nullptr, maximum, between);
     const auto softmax = [&]<bool kDropout>() TA_INLINE_LAMBDA {
       softmax_tile<Real, kVectors, kDropout>(span.begin, span.end, stage.score_factor(), block.scores, block.kept,
                                              old_maximum, maximum, block.sum + offset, rescale);
@@ -171,9 +179,9 @@ struct Forward {
       softmax.template operator()<false>();
     }
     if (in_place) prefetch_rows(key_rows, keys, keys, p.head_dim);
-    combine_rows<Real, kVectors, true>(p.value_dim, span.end - span.begin,
-                                       value_rows.data + span.begin * value_rows.stride, value_rows.stride,
-                                       block.scores + span.begin * width, block.out + offset * p.value_dim, rescale);
+    combine_rows<Real, kVectors, true>(
+        p.value_dim, span.end - span.begin, value_rows.data + span.begin * value_rows.stride, value_rows.stride,
+        block.scores + span.begin * width, block.out + offset * p.value_dim, rescale, between);
   }
 
   void finish(const Block& block, Real score_factor, Scratch& scratch) const {

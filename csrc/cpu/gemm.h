@@ -48,19 +48,33 @@ TA_INLINE void for_each_tile(int64_t begin, int64_t end, const Body& body) {
   }
 }
 
-// Dots of kRows keys with a panel of queries, times a factor; maximum[lane] is raised to include them if it is not
-// null.
-template <class Real, int kRows, int kVectors, bool kTrackMaximum>
-TA_NOINLINE void dot_tile(int64_t dim, const Real* keys, int64_t key_stride, const Real* panel, Real factor, Real* out,
-                          Real* maximum) {
+// What dots are turned into before they leave the registers: here, multiplied by a factor.
+template <class Real>
+struct ScaledDots {
+  Real factor;
+
+  TA_INLINE bool changes_them() const { return factor != 1; }
+  TA_INLINE Vec<Real> operator()(Vec<Real> dots, int64_t /*key*/, int64_t /*lane*/) const { return dots * factor; }
+};
+
+// What runs before each register tile of a product: by default, nothing.
+struct NothingBetween {
+  TA_INLINE void operator()() const {}
+};
+
+// Dots of kRows keys, of which the first is the block's number key, with a panel of queries, and what finish makes of
+// them; maximum[lane] is raised to include them if it is not null.
+template <class Real, int kRows, int kVectors, bool kTrackMaximum, class Finish>
+TA_NOINLINE void dot_tile(int64_t dim, const Real* keys, int64_t key_stride, const Real* panel, const Finish& finish,
+                          int64_t key, Real* out, Real* maximum) {
   constexpr int n_lanes = kLanes<Real>, width = kVectors * n_lanes;
   Vec<Real> acc[kRows][kVectors] = {};
   multiply_accumulate<Real, kRows, kVectors, Broadcast::kAlongRow>(acc, dim, keys, key_stride, panel, width);
-  if (factor != 1) {
+  if (finish.changes_them()) {
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 4
-      for (int n = 0; n < kVectors; ++n) acc[m][n] *= factor;
+      for (int n = 0; n < kVectors; ++n) acc[m][n] = finish(acc[m][n], key + m, n * n_lanes);
     }
   }
 #pragma GCC unroll 4
@@ -76,13 +90,15 @@ TA_NOINLINE void dot_tile(int64_t dim, const Real* keys, int64_t key_stride, con
   }
 }
 
-// out[key][lane] = factor · keys[key]·panel[lane] for keys in [begin, end).
-template <class Real, int kVectors, bool kTrackMaximum>
+// out[key][lane] = finish(keys[key]·panel[lane]) for keys in [begin, end).
+template <class Real, int kVectors, bool kTrackMaximum, class Finish, class Between = NothingBetween>
 TA_INLINE void dot_rows(int64_t begin, int64_t end, int64_t dim, const Real* keys, int64_t key_stride,
-                        const Real* panel, Real factor, Real* out, Real* maximum) {
+                        const Real* panel, const Finish& finish, Real* out, Real* maximum,
+                        const Between& between = {}) {
   constexpr int width = kVectors * kLanes<Real>;
   for_each_tile<kTileRows<kVectors>>(begin, end, [&]<int kRows>(int64_t key) TA_INLINE_LAMBDA {
-    dot_tile<Real, kRows, kVectors, kTrackMaximum>(dim, keys + key * key_stride, key_stride, panel, factor,
+    between();
+    dot_tile<Real, kRows, kVectors, kTrackMaximum>(dim, keys + key * key_stride, key_stride, panel, finish, key,
                                                    out + key * width, maximum);
   });
 }
@@ -109,11 +125,12 @@ TA_NOINLINE void combine_tile(int64_t keys, const Real* values, int64_t value_st
 }
 
 // The same for all columns [0, columns): attention's second product, and dQᵀ = Kᵀ·dS.
-template <class Real, int kVectors, bool kRescale>
+template <class Real, int kVectors, bool kRescale, class Between = NothingBetween>
 TA_INLINE void combine_rows(int64_t columns, int64_t keys, const Real* values, int64_t value_stride,
-                            const Real* weights, Real* out, const Real* rescale) {
+                            const Real* weights, Real* out, const Real* rescale, const Between& between = {}) {
   constexpr int width = kVectors * kLanes<Real>;
   for_each_tile<kTileRows<kVectors>>(0, columns, [&]<int kRows>(int64_t column) TA_INLINE_LAMBDA {
+    between();
     combine_tile<Real, kRows, kVectors, kRescale>(keys, values + column, value_stride, weights, out + column * width,
                                                   rescale);
   });

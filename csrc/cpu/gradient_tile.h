@@ -116,7 +116,7 @@ struct GradientTile {
                                       key, weights, scratch.derivative, nullptr);
     if (wanted != Wanted::kWeightsOnly) {
       dot_rows<Real, kVectors, false>(span.begin, span.end, p.value_dim, value_rows.data, value_rows.stride,
-                                      block.grad_out + offset * p.value_dim, 1, gradients, nullptr);
+                                      block.grad_out + offset * p.value_dim, ScaledDots<Real>{1}, gradients, nullptr);
     }
     finish<kVectors>(block, stage, offset, key, span, stage.score_factor(), wanted, weights, gradients, slope_gradient);
     return true;

@@ -36,20 +36,23 @@ struct MaskRows {
   }
 };
 
-// Asks for the values of the tile that comes after the one at lane offset of a block of rows and a block of keys: the
-// next panel's, or after the last panel those of the next keys. A tile's rows lie far apart, so that the hardware does
-// not foresee them; two tiles ahead would be too early, since at strides like 4 KiB all rows share a few sets of the
-// caches. Best called where the caches are idle, between the products.
+// The values for rows [row, row + rows) and keys [key, key + keys), as far as there are any. A tile's rows lie far
+// apart, so that the hardware does not foresee them. Asked for one tile before they are read; two would be too early,
+// since at strides like 4 KiB all rows share a few sets of the caches.
+TA_INLINE void add_bias(const MaskRows& mask, int64_t row, int64_t rows, int64_t key, int64_t keys, RowsAhead& ahead) {
+  if (mask.data == nullptr || mask.row_stride == 0 || mask.column_stride != 1 || key >= mask.keys) return;
+  ahead.add(mask.at(row, key), mask.row_stride, smaller(keys, mask.keys - key) * element_size(mask.dtype), rows);
+}
+
+// The same at once, for the tile after the one at lane offset of a block of rows and a block of keys, where all panels
+// have that width: the next panel's, or after the last panel the next keys'.
 TA_INLINE void prefetch_next_bias(const MaskRows& mask, int64_t row, int64_t rows, int64_t offset, int64_t width,
                                   int64_t key, int64_t keys) {
-  constexpr int kIntoL2 = 2;  // __builtin_prefetch's locality
-  if (mask.data == nullptr || mask.row_stride == 0 || mask.column_stride != 1) return;
   const bool last = offset + width >= rows;
-  const int64_t first = last ? 0 : offset + width, bytes = keys * element_size(mask.dtype);
-  const char* place = mask.at(row + first, last ? key + keys : key);
-  for (int64_t i = first; i < smaller(first + width, rows); ++i, place += mask.row_stride) {
-    for (int64_t j = 0; j < bytes; j += 64) __builtin_prefetch(place + j, 0, kIntoL2);
-  }
+  const int64_t first = last ? 0 : offset + width;
+  RowsAhead ahead;
+  add_bias(mask, row + first, smaller(width, rows - first), last ? key + keys : key, keys, ahead);
+  ahead.ask_for_rest();
 }
 
 // Whether all of them are −∞.
@@ -150,24 +153,26 @@ TA_INLINE void load_transposed(Vec<Real> (&tile)[kLanes<Real>], const char* firs
 }
 
 #if defined(__AVX512F__)
-// 32-bit elements: rows enter in quarters, which need no shuffle, and half of the steps of transpose_in_registers are
-// left.
+// 32-bit elements: rows enter in quarters, as one operand of an insertion, and half of the steps of
+// transpose_in_registers are left. At strides like 4 KiB all rows share one set of the L1 cache, whose ways are fewer:
+// so the quarters of a row are read one after the other.
 TA_INLINE void load_transposed_words(Vec<float> (&tile)[16], const char* first, int64_t row_stride) {
-  // At strides like 4 KiB the rows share one set of the L1 cache: each is read once, as a whole.
-  alignas(64) float square[16][16];
-#pragma GCC unroll 16
-  for (int r = 0; r < 16; ++r) store(square[r], load(reinterpret_cast<const float*>(first + r * row_stride)));
+  __m512 quarters[4][4];  // [quarter of the columns][row % 4]: of rows r, r + 4, r + 8, r + 12
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) {
+      const auto quarter = [&](int i) TA_INLINE_LAMBDA {
+        return _mm_loadu_ps(reinterpret_cast<const float*>(first + (r + 4 * i) * row_stride) + 4 * c);
+      };
+      const __m256 low = _mm256_insertf128_ps(_mm256_castps128_ps256(quarter(0)), quarter(1), 1);
+      const __m256 high = _mm256_insertf128_ps(_mm256_castps128_ps256(quarter(2)), quarter(3), 1);
+      quarters[c][r] = _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+    }
+  }
 #pragma GCC unroll 4
   for (int c = 0; c < 4; ++c) {
-    __m512 x[4];
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) {
-      const auto quarter = [&](int i) TA_INLINE_LAMBDA { return _mm_load_ps(&square[r + 4 * i][4 * c]); };
-      x[r] = _mm512_castps128_ps512(quarter(0));
-      x[r] = _mm512_insertf32x4(x[r], quarter(1), 1);
-      x[r] = _mm512_insertf32x4(x[r], quarter(2), 2);
-      x[r] = _mm512_insertf32x4(x[r], quarter(3), 3);
-    }
+    const __m512(&x)[4] = quarters[c];
     const __m512 low01 = _mm512_unpacklo_ps(x[0], x[1]), high01 = _mm512_unpackhi_ps(x[0], x[1]);
     const __m512 low23 = _mm512_unpacklo_ps(x[2], x[3]), high23 = _mm512_unpackhi_ps(x[2], x[3]);
     tile[4 * c] = _mm512_shuffle_ps(low01, low23, 0x44);
@@ -191,16 +196,12 @@ template <>
 constexpr int kKeysAtOnce<float, BFloat16> = 32;
 #endif
 
-// out[k][lane] of a whole square of the mask. Returns the bits in which its numbers differ from −∞.
+// out[k][lane] of a whole square of the mask.
 template <class Real, class Stored>
-TA_INLINE IntVec<Real> load_square(const char* first, int64_t row_stride, int64_t count, int64_t width, Real* out) {
+TA_INLINE void load_square(const char* first, int64_t row_stride, int64_t count, int64_t width, Real* out) {
   constexpr int n = kLanes<Real>;
-  const IntVec<Real> nothing = (IntVec<Real>)splat(-static_cast<Real>(__builtin_inf()));
-  IntVec<Real> different{};
   const auto put = [&](int k, Vec<Real> values) TA_INLINE_LAMBDA {
-    if (k >= count) return;
-    store(out + k * width, values);
-    different |= (IntVec<Real>)values ^ nothing;
+    if (k < count) store(out + k * width, values);
   };
   Vec<Real> tile[n];
 #if defined(__AVX512F__)
@@ -212,13 +213,21 @@ TA_INLINE IntVec<Real> load_square(const char* first, int64_t row_stride, int64_
       put(2 * k, (Vec<Real>)(pair << 16));
       put(2 * k + 1, (Vec<Real>)(pair & 0xFFFF0000u));
     }
-    return different;
+    return;
   }
 #endif
   load_transposed<Real, Stored>(tile, first, row_stride);
 #pragma GCC unroll 16
   for (int k = 0; k < n; ++k) put(k, tile[k]);
-  return different;
+}
+
+// Whether one of out[k][lane] of a square is not −∞.
+template <class Real>
+TA_INLINE bool any_attended(const Real* out, int64_t count, int64_t width) {
+  const IntVec<Real> nothing = (IntVec<Real>)splat(-static_cast<Real>(__builtin_inf()));
+  IntVec<Real> different{};
+  for (int64_t k = 0; k < count; ++k) different |= (IntVec<Real>)load(out + k * width) ^ nothing;
+  return lane_bits(different != 0) != 0;
 }
 
 // A floating mask whose rows are contiguous.
@@ -227,7 +236,7 @@ TA_NOINLINE bool load_added(const MaskRows& mask, int64_t row, int64_t rows, int
                             int64_t end, Real* out) {
   constexpr int n = kLanes<Real>, at_once = kKeysAtOnce<Real, Stored>;
   end = smaller(end, mask.keys - key);
-  IntVec<Real> different{};
+  bool attended = false;
   for (int64_t i = 0; i < width; i += n) {
     const int64_t row_count = smaller<int64_t>(rows - i, n);
     if (row_count <= 0) {
@@ -237,23 +246,21 @@ TA_NOINLINE bool load_added(const MaskRows& mask, int64_t row, int64_t rows, int
     for (int64_t j = begin; j < end; j += at_once) {
       const int64_t count = smaller<int64_t>(end - j, at_once);
       const char* first = mask.at(row + i, key + j);
+      Real* place = out + j * width + i;
       if (row_count == n && count == at_once) {
-        different |= load_square<Real, Stored>(first, mask.row_stride, at_once, width, out + j * width + i);
-        continue;
+        load_square<Real, Stored>(first, mask.row_stride, at_once, width, place);
+      } else {
+        alignas(64) Stored square[n][at_once];  // lanes without a row repeat the first
+        for (int64_t r = 0; r < n; ++r) {
+          __builtin_memcpy(static_cast<void*>(square[r]), first + (r < row_count ? r : 0) * mask.row_stride,
+                           count * sizeof(Stored));
+        }
+        load_square<Real, Stored>(reinterpret_cast<const char*>(square), sizeof square[0], count, width, place);
       }
-      alignas(64) Stored square[n][at_once];  // lanes without a row repeat the first
-      for (int64_t r = 0; r < n; ++r) {
-        __builtin_memcpy(static_cast<void*>(square[r]), first + (r < row_count ? r : 0) * mask.row_stride,
-                         count * sizeof(Stored));
-      }
-      different |= load_square<Real, Stored>(reinterpret_cast<const char*>(square), sizeof square[0], count, width,
-                                             out + j * width + i);
+      attended = attended || any_attended(place, count, width);
     }
   }
-  for (int i = 0; i < n; ++i) {
-    if (different[i] != 0) return true;
-  }
-  return false;
+  return attended;
 }
 
 // Loads the values for rows [row, row + rows) and the keys [begin, end) of the block that starts at key; bias counts

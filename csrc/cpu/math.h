@@ -56,6 +56,20 @@ struct VectorMath {
   static TA_INLINE Value select_less(Value a, Value b, Value if_less, Value otherwise) {
     return a < b ? if_less : otherwise;
   }
+  // score + added, but −∞ where added is −∞, whatever the score.
+  static TA_INLINE Value add_to_score(Value score, Value added) {
+    const Value sum = score + added;
+#if defined(__AVX512F__)
+    constexpr int kKeepAllButNegativeInfinity = 0x00040000;
+    if constexpr (sizeof(Real) == 4) {
+      return _mm512_fixupimm_ps(sum, added, _mm512_set1_epi32(kKeepAllButNegativeInfinity), 0);
+    } else {
+      return _mm512_fixupimm_pd(sum, added, _mm512_set1_epi64(kKeepAllButNegativeInfinity), 0);
+    }
+#else
+    return select_equal(added, negative_infinity(), negative_infinity(), sum);
+#endif
+  }
   static TA_INLINE Value abs(Value x) { return (Value)((Int)x & ~(Int)splat(Real(-0.0))); }
 
   // About 2 ulp, as far as x · factor is exact; a NaN stays one. The kernels only pass products ≤ 0, up to rounding;

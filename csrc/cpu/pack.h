@@ -66,8 +66,50 @@ TA_INLINE void prefetch_rows(Rows<Real> rows, int64_t first, int64_t count, int6
   }
 }
 
-// Asks the L2 cache for the block of keys and values after this one, a share before each panel: rows that come from
-// further away would arrive too late for that block's first panel.
+// Rows that will be read soon, which the L2 cache is asked for in portions between the products' register tiles: in one
+// burst they would wait for memory, and the products after them.
+class RowsAhead {
+ public:
+  // So many bytes from the start of each of so many rows, step bytes apart.
+  TA_INLINE void add(const char* first, int64_t step, int64_t bytes, int64_t rows) {
+    if (rows <= 0) return;
+    regions_[count_++] = {first, step, bytes, rows};
+    rows_ += rows;
+  }
+  TA_INLINE void divide(int64_t portions) { portion_ = (rows_ + portions - 1) / larger<int64_t>(portions, 1); }
+  TA_INLINE void ask_for_portion() { ask_for(portion_); }
+  TA_INLINE void ask_for_rest() { ask_for(rows_); }
+
+ private:
+  struct Region {
+    const char* row;
+    int64_t step, bytes, rows;
+  };
+
+  TA_INLINE void ask_for(int64_t rows) {
+    constexpr int kIntoL2 = 2;  // __builtin_prefetch's locality
+    while (rows > 0 && now_ < count_) {
+      Region& region = regions_[now_];
+      const int64_t count = smaller(rows, region.rows);
+      const char* row = region.row;
+      for (int64_t i = 0; i < count; ++i, row += region.step) {
+        for (int64_t j = 0; j < region.bytes; j += 64) __builtin_prefetch(row + j, 0, kIntoL2);
+      }
+      region.row = row;
+      region.rows -= count;
+      rows -= count;
+      rows_ -= count;
+      if (region.rows == 0) ++now_;
+    }
+  }
+
+  Region regions_[3];
+  int count_ = 0, now_ = 0;
+  int64_t rows_ = 0, portion_ = 0;
+};
+
+// The block of keys and values after this one, of which each panel asks for a share: rows that come from further away
+// than the L2 cache would arrive too late for that block's first panel.
 struct NextRows {
   const char *keys = nullptr, *values = nullptr;
   int64_t key_step, value_step, key_bytes, value_bytes;  // from row to row, and of a row
@@ -90,12 +132,15 @@ struct NextRows {
     values = element(p.value, batch, kv_head, row);
   }
 
+  TA_INLINE void add_share(int64_t share, RowsAhead& ahead) const {
+    const int64_t first = rows * share / shares, count = rows * (share + 1) / shares - first;
+    ahead.add(keys + first * key_step, key_step, key_bytes, count);
+    ahead.add(values + first * value_step, value_step, value_bytes, count);
+  }
   TA_INLINE void prefetch(int64_t share) const {
-    constexpr int kIntoL2 = 2;  // __builtin_prefetch's locality
-    for (int64_t i = rows * share / shares; i < rows * (share + 1) / shares; ++i) {
-      for (int64_t j = 0; j < key_bytes; j += 64) __builtin_prefetch(keys + i * key_step + j, 0, kIntoL2);
-      for (int64_t j = 0; j < value_bytes; j += 64) __builtin_prefetch(values + i * value_step + j, 0, kIntoL2);
-    }
+    RowsAhead ahead;
+    add_share(share, ahead);
+    ahead.ask_for_rest();
   }
 };
 

@@ -16,6 +16,8 @@ struct Panels {
   int vectors[kMax];  // 1 … kMaxVectors
   int64_t lanes = 0;  // of all panels
 
+  TA_INLINE int after(int panel) const { return panel + 1 < count ? panel + 1 : 0; }
+
   // Near-equal widths: four vectors become 2 + 2, not 3 + 1.
   template <class Real>
   static Panels of(int64_t rows) {

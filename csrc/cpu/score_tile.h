@@ -65,80 +65,110 @@ struct ScoreStage {
   // here on a tile holds score / score_factor().
   TA_INLINE void leave_dots_raw() { raw = !softcap && !alibi && !mask && mod.scale > 0; }
   TA_INLINE Real score_factor() const { return raw ? mod.scale : Real{1}; }
+  // Whether score_tile may find a bias tile where it is to put the scores: one array less in the L1 cache. A boolean
+  // mask's words serve many keys each.
+  TA_INLINE bool takes_bias_in_place(const KeySpan& span) const {
+    return !softcap && !alibi && !span.has_edges() && mask_rows.dtype != ScalarType::kBool;
+  }
   TA_INLINE bool mask_is_per_key() const { return mask && mask_rows.row_stride == 0; }
 };
 
 enum class Bias { kNone, kPerKey, kPerLane, kAttended };
 
-// modify_scores for one vector of lanes, with what it has to do known at compile time.
+// What the mask makes of the scores of the block's number j at lanes lane, lane + 1, … of a panel of that width.
+template <class Real, Bias kBias>
+TA_INLINE Vec<Real> with_bias(const BiasTile<Real>& bias, Vec<Real> score, int64_t j, int64_t width, int64_t lane) {
+  using Math = VectorMath<Real>;
+  if constexpr (kBias == Bias::kPerKey) return Math::add_to_score(score, splat(bias.per_key[j]));
+  if constexpr (kBias == Bias::kPerLane) return Math::add_to_score(score, load(bias.per_lane + j * width + lane));
+  if constexpr (kBias == Bias::kAttended) {
+    using Unsigned = typename VecTypes<Real>::Unsigned;
+    const auto* words = reinterpret_cast<const Real*>(bias.attended + j / kKeysPerWord<Real> * width + lane);
+    const Unsigned wanted = Word<Real>{1} << j % kKeysPerWord<Real> | Unsigned{};
+    return ((Unsigned)load(words) & wanted) != 0 ? score : Math::negative_infinity();
+  }
+  return score;
+}
+
+// dot_tile's finish where nothing but a mask changes the scores.
+template <class Real, int kVectors, Bias kBias>
+struct MaskedScores {
+  Real factor;
+  BiasTile<Real> bias;
+
+  static TA_INLINE bool changes_them() { return true; }
+  TA_INLINE Vec<Real> operator()(Vec<Real> dots, int64_t key, int64_t lane) const {
+    return with_bias<Real, kBias>(bias, dots * factor, key, kVectors * kLanes<Real>, lane);
+  }
+};
+
+// modify_scores with what it has to do known at compile time.
 template <class Real, int kVectors, Bias kBias, bool kBand, bool kCurved>
-TA_INLINE void modify_lanes(const ScoreStage<Real>& stage, const BiasTile<Real>& bias, int64_t lane, int64_t row,
-                            int64_t key, int64_t begin, int64_t end, Real factor, Real* scores, Real* derivative,
-                            Real* maximum) {
+TA_INLINE void modify_scores_as(const ScoreStage<Real>& stage, const BiasTile<Real>& bias, int64_t row, int64_t key,
+                                int64_t begin, int64_t end, Real factor, Real* scores, Real* derivative,
+                                Real* maximum) {
   using Math = VectorMath<Real>;
   using Int = IntVec<Real>;
-  using Unsigned = typename VecTypes<Real>::Unsigned;
-  constexpr int width = kVectors * kLanes<Real>;
+  constexpr int n_lanes = kLanes<Real>, width = kVectors * n_lanes;
   const BandMask& band = stage.band;
   // As far as they lie near the block: numbers beyond it may not fit an Int.
   const auto near = [&](int64_t x) { return x < -width ? -width : x > end ? end : x; };
-  Int first{}, last{};
-  if constexpr (kBand) {
-    if (band.rows == nullptr) {
-      const int64_t position = band.position(row) - key + lane;
-      first = splat_int<Real>(near(position - band.window_left)) + lane_numbers<Real>();
-      last = splat_int<Real>(near(position + band.window_right)) + lane_numbers<Real>();
-    } else {
-      for (int i = 0; i < kLanes<Real>; ++i) {
-        const int64_t position = band.position(row + lane + i) - key;
-        first[i] = static_cast<typename VecTypes<Real>::IntElement>(near(position - band.window_left));
-        last[i] = static_cast<typename VecTypes<Real>::IntElement>(near(position + band.window_right));
-      }
-    }
-    const Int last_valid = splat_int<Real>(near(band.key_length - 1 - key));
-    last = last < last_valid ? last : last_valid;
-  }
-  Vec<Real> position{};
-  if constexpr (kCurved) {
-    if (stage.alibi) {
-      for (int i = 0; i < kLanes<Real>; ++i) position[i] = static_cast<Real>(band.position(row + lane + i) - key);
-    }
-  }
-  Vec<Real> highest{};
-  if (maximum != nullptr) highest = load(maximum + lane);
-  Unsigned attended{};
-  for (int64_t j = begin; j < end; ++j) {
-    const int64_t offset = j * width + lane;
-    Vec<Real> score = load(scores + offset) * factor;
-    if constexpr (kCurved) {
-      if (stage.softcap) {
-        score = stage.mod.capped(score);
-        if (derivative != nullptr) store(derivative + offset, stage.mod.capped_derivative(score));
-      }
-      if (stage.alibi) {
-        score += ScoreMod<Math>::alibi_derivative(splat(static_cast<Real>(j)) - position) * stage.mod.slope;
-      }
-    }
-    if constexpr (kBias == Bias::kPerKey || kBias == Bias::kPerLane) {
-      const Vec<Real> added = kBias == Bias::kPerLane ? load(bias.per_lane + offset) : splat(bias.per_key[j]);
-      score = Math::select_equal(added, Math::negative_infinity(), Math::negative_infinity(), score + added);
-    }
-    if constexpr (kBias == Bias::kAttended) {
-      const int64_t bit = j % kKeysPerWord<Real>;
-      if (bit == 0 || j == begin) {
-        attended = (Unsigned)load(reinterpret_cast<const Real*>(bias.attended + j / kKeysPerWord<Real> * width + lane));
-      }
-      const Unsigned wanted = (Unsigned)splat_int<Real>(int64_t{1} << bit);
-      score = (attended & wanted) != 0 ? score : Math::negative_infinity();
-    }
+  Int first[kVectors]{}, last[kVectors]{};
+  Vec<Real> position[kVectors]{}, highest[kVectors]{};
+#pragma GCC unroll 4
+  for (int n = 0; n < kVectors; ++n) {
+    const int64_t lane = n * n_lanes;
     if constexpr (kBand) {
-      const Int number = splat_int<Real>(j);
-      score = (number < first) | (number > last) ? Math::negative_infinity() : score;
+      if (band.rows == nullptr) {
+        const int64_t place = band.position(row) - key + lane;
+        first[n] = splat_int<Real>(near(place - band.window_left)) + lane_numbers<Real>();
+        last[n] = splat_int<Real>(near(place + band.window_right)) + lane_numbers<Real>();
+      } else {
+        for (int i = 0; i < n_lanes; ++i) {
+          const int64_t place = band.position(row + lane + i) - key;
+          first[n][i] = static_cast<typename VecTypes<Real>::IntElement>(near(place - band.window_left));
+          last[n][i] = static_cast<typename VecTypes<Real>::IntElement>(near(place + band.window_right));
+        }
+      }
+      const Int last_valid = splat_int<Real>(near(band.key_length - 1 - key));
+      last[n] = last[n] < last_valid ? last[n] : last_valid;
     }
-    store(scores + offset, score);
-    highest = max(highest, score);
+    if constexpr (kCurved) {
+      if (stage.alibi) {
+        for (int i = 0; i < n_lanes; ++i) {
+          position[n][i] = static_cast<Real>(band.position(row + lane + i) - key);
+        }
+      }
+    }
+    if (maximum != nullptr) highest[n] = load(maximum + lane);
   }
-  if (maximum != nullptr) store(maximum + lane, highest);
+  for (int64_t j = begin; j < end; ++j) {
+    // A key's vectors together: the maxima are chains of their own.
+#pragma GCC unroll 4
+    for (int n = 0; n < kVectors; ++n) {
+      const int64_t offset = j * width + n * n_lanes;
+      Vec<Real> score = load(scores + offset) * factor;
+      if constexpr (kCurved) {
+        if (stage.softcap) {
+          score = stage.mod.capped(score);
+          if (derivative != nullptr) store(derivative + offset, stage.mod.capped_derivative(score));
+        }
+        if (stage.alibi) {
+          score += ScoreMod<Math>::alibi_derivative(splat(static_cast<Real>(j)) - position[n]) * stage.mod.slope;
+        }
+      }
+      score = with_bias<Real, kBias>(bias, score, j, width, n * n_lanes);
+      if constexpr (kBand) {
+        const Int number = splat_int<Real>(j);
+        score = (number < first[n]) | (number > last[n]) ? Math::negative_infinity() : score;
+      }
+      store(scores + offset, score);
+      highest[n] = max(highest[n], score);
+    }
+  }
+  if (maximum == nullptr) return;
+#pragma GCC unroll 4
+  for (int n = 0; n < kVectors; ++n) store(maximum + n * n_lanes, highest[n]);
 }
 
 // Dots become scores, in place, for the block's keys [begin, end) and a panel that starts at row: first they are
@@ -150,48 +180,49 @@ TA_NOINLINE void modify_scores(const ScoreStage<Real>& stage, const BiasTile<Rea
                                int64_t row, int64_t key, int64_t begin, int64_t end, Real factor, Real* scores,
                                Real* derivative, Real* maximum) {
   const auto with = [&]<Bias kBias, bool kBand, bool kCurved>() TA_INLINE_LAMBDA {
-    for (int64_t lane = 0; lane < kVectors * kLanes<Real>; lane += kLanes<Real>) {
-      modify_lanes<Real, kVectors, kBias, kBand, kCurved>(stage, bias, lane, row, key, begin, end, factor, scores,
-                                                          derivative, maximum);
-    }
+    modify_scores_as<Real, kVectors, kBias, kBand, kCurved>(stage, bias, row, key, begin, end, factor, scores,
+                                                            derivative, maximum);
   };
-  const auto with_bias = [&]<Bias kBias>() TA_INLINE_LAMBDA {
+  const auto masked = [&]<Bias kBias>() TA_INLINE_LAMBDA {
     if (stage.softcap || stage.alibi) {
       band_applies ? with.template operator()<kBias, true, true>() : with.template operator()<kBias, false, true>();
     } else {
       band_applies ? with.template operator()<kBias, true, false>() : with.template operator()<kBias, false, false>();
     }
   };
-  if (bias.per_lane != nullptr) return with_bias.template operator()<Bias::kPerLane>();
-  if (bias.per_key != nullptr) return with_bias.template operator()<Bias::kPerKey>();
-  if (bias.attended != nullptr) return with_bias.template operator()<Bias::kAttended>();
-  with_bias.template operator()<Bias::kNone>();
+  if (bias.per_lane != nullptr) return masked.template operator()<Bias::kPerLane>();
+  if (bias.per_key != nullptr) return masked.template operator()<Bias::kPerKey>();
+  if (bias.attended != nullptr) return masked.template operator()<Bias::kAttended>();
+  masked.template operator()<Bias::kNone>();
 }
 
 // The scores of a panel with the keys of span. kTrackMaximum: maximum is raised to include them.
-template <class Real, int kVectors, bool kTrackMaximum>
+template <class Real, int kVectors, bool kTrackMaximum, class Between = NothingBetween>
 TA_INLINE void score_tile(const ScoreStage<Real>& stage, const BiasTile<Real>& bias, const KeySpan& span, int64_t dim,
                           Rows<Real> keys, const Real* panel, int64_t row, int64_t key, Real* scores, Real* derivative,
-                          Real* maximum) {
-  const auto dots = [&](int64_t begin, int64_t end) TA_INLINE_LAMBDA {
-    dot_rows<Real, kVectors, false>(begin, end, dim, keys.data, keys.stride, panel, stage.dot_factor(), scores,
-                                    nullptr);
-  };
-  if (stage.changes_elements(bias)) {
-    dots(span.begin, span.end);
-    modify_scores<Real, kVectors>(stage, bias, span.has_edges(), row, key, span.begin, span.end, 1, scores, derivative,
-                                  maximum);
-    return;
-  }
-  const auto edge = [&](int64_t begin, int64_t end) {
+                          Real* maximum, const Between& between = {}) {
+  const auto modified = [&](int64_t begin, int64_t end, bool band_applies) {
     if (begin >= end) return;
-    dots(begin, end);
-    modify_scores<Real, kVectors>(stage, bias, true, row, key, begin, end, 1, scores, nullptr, maximum);
+    dot_rows<Real, kVectors, false>(begin, end, dim, keys.data, keys.stride, panel,
+                                    ScaledDots<Real>{stage.dot_factor()}, scores, nullptr, between);
+    modify_scores<Real, kVectors>(stage, bias, band_applies, row, key, begin, end, 1, scores, derivative, maximum);
   };
-  edge(span.begin, span.inside_begin);
-  dot_rows<Real, kVectors, kTrackMaximum>(span.inside_begin, span.inside_end, dim, keys.data, keys.stride, panel,
-                                          stage.dot_factor(), scores, maximum);
-  edge(span.inside_end, span.end);
+  if (stage.softcap || stage.alibi) return modified(span.begin, span.end, span.has_edges());
+  modified(span.begin, span.inside_begin, true);
+  const auto inside = [&](const auto& finish) TA_INLINE_LAMBDA {
+    dot_rows<Real, kVectors, kTrackMaximum>(span.inside_begin, span.inside_end, dim, keys.data, keys.stride, panel,
+                                            finish, scores, maximum, between);
+  };
+  if (bias.per_lane != nullptr) {
+    inside(MaskedScores<Real, kVectors, Bias::kPerLane>{stage.dot_factor(), bias});
+  } else if (bias.attended != nullptr) {
+    inside(MaskedScores<Real, kVectors, Bias::kAttended>{stage.dot_factor(), bias});
+  } else if (bias.per_key != nullptr) {
+    inside(MaskedScores<Real, kVectors, Bias::kPerKey>{stage.dot_factor(), bias});
+  } else {
+    inside(ScaledDots<Real>{stage.dot_factor()});
+  }
+  modified(span.inside_end, span.end, true);
 }
 
 }  // namespace torch_attn::cpu::TORCH_ATTN_ISA

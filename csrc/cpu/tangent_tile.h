@@ -109,7 +109,8 @@ TA_INLINE void capped_score_tile(const ScoreStage<Real>& stage, const BiasTile<R
     return score_tile<Real, kVectors, kTrackMaximum>(stage, bias, span, dim, keys, panel, row, key, scores, nullptr,
                                                      maximum);
   }
-  dot_rows<Real, kVectors, false>(span.begin, span.end, dim, keys.data, keys.stride, panel, 1, scores, nullptr);
+  dot_rows<Real, kVectors, false>(span.begin, span.end, dim, keys.data, keys.stride, panel, ScaledDots<Real>{1}, scores,
+                                  nullptr);
   for (int64_t i = span.begin * width; i < span.end * width; i += kLanes<Real>) {
     const Vec<Real> value = stage.mod.capped(load(scores + i));
     store(scores + i, value);

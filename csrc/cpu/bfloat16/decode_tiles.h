@@ -55,8 +55,9 @@ struct DecodeTiles {
   }
 
   // Tiles are read column by column, which the hardware does not foresee: the keys are first copied, row by row.
-  void dots(int64_t key, int64_t keys, float* scores) {
+  void dots(int64_t key, int64_t keys, float* scores, LinesAhead& ahead) {
     const int64_t all_keys = round_up(keys, kTileSide);
+    ahead.divide(all_rows / kTileSide * (all_keys / kTileSide));
     copy_half_rows(key_scratch, p.key, batch, kv_head, key, keys, p.head_dim, all_keys, head_dim);
     const TileOperand key_operand{key_scratch, head_dim * 2, kTileDepth * 2};
     for (int64_t row = 0; row < rows; row += kTileSide) {
@@ -64,6 +65,7 @@ struct DecodeTiles {
       tile_product<false>(all_keys / kTileSide, 1, head_dim / kTileDepth, key_operand, query_operand, transposed,
                           kTileSide);
       for (int64_t j = 0; j < all_keys; j += kTileSide) {
+        ahead.ask();
         Vec<float> square[16];
         load_transposed_words(square, reinterpret_cast<const char*>(transposed + j * kTileSide), kTileSide * 4);
 #pragma GCC unroll 16
@@ -73,12 +75,14 @@ struct DecodeTiles {
   }
 
   void combine(int64_t key, int64_t keys, const float* float_weights, const float* rescale, float* out,
-               int64_t out_stride) {
+               int64_t out_stride, LinesAhead& ahead) {
     const int64_t all_keys = round_up(keys, kTileDepth);
+    ahead.divide(rows);
     const HalfRows value_rows =
         half_rows(p.value, batch, kv_head, key, keys, p.value_dim, all_keys, value_dim, value_scratch);
     pair_rows(value_pairs, value_rows, all_keys, value_dim);
     for (int64_t row = 0; row < rows; ++row) {
+      ahead.ask();
       for (int64_t j = 0; j < all_keys; j += kTileDepth) {
         const float* place = float_weights + row * kDecodeKeys + j;
         store_halves(weights + row * kDecodeKeys + j, load(place),

@@ -10,6 +10,9 @@ namespace torch_attn::cpu::TORCH_ATTN_ISA {
 
 constexpr int64_t kAmxRows = 512;
 
+// Of a tile's RowsAhead: before each of its stages.
+constexpr int64_t kPortions = 4;
+
 // Keys per block. Measured on an Intel Xeon with AMX: 64 is 5 to 10 % faster than 128 at head_dim 64, whose tiles then
 // stay in the L1 cache, and 10 % slower at 128, where each block's addition to the output weighs more.
 TA_INLINE int64_t amx_key_block(const AttentionProblem& p) {
@@ -175,8 +178,14 @@ struct AmxForward {
       const int64_t panels = block.lanes / kAmxLanes;
       const NextRows next(p, block.batch, kv_head, key + keys, key_block_size, range.end - key - keys, panels);
       for (int64_t i = 0; i < panels; ++i) {
-        next.prefetch(i);
-        add_keys(block, i * kAmxLanes, stage, bias, key_block);
+        RowsAhead ahead;
+        next.add_share(i, ahead);
+        const int64_t offset = i + 1 < panels ? (i + 1) * kAmxLanes : 0;
+        add_bias(stage.mask_rows, block.row + offset, smaller(kAmxLanes, block.rows - offset),
+                 offset > 0 ? key : key + keys, key_block_size, ahead);
+        ahead.divide(kPortions);
+        add_keys(block, i * kAmxLanes, stage, bias, key_block, ahead);
+        ahead.ask_for_rest();
       }
     }
     finish(block, scratch);
@@ -202,7 +211,7 @@ struct AmxForward {
   }
 
   TA_NOINLINE void add_keys(const Block& block, int64_t offset, const ScoreStage<float>& stage, BiasTile<float> bias,
-                            const KeyBlock& keys) const {
+                            const KeyBlock& keys, RowsAhead& ahead) const {
     const int64_t row = block.row + offset, rows = smaller(kAmxLanes, block.rows - offset);
     const KeySpan span = KeySpan::of(stage.band, row, rows, keys.key, keys.all_keys, kTileDepth);
     if (span.empty()) return;
@@ -212,6 +221,7 @@ struct AmxForward {
       return;
     }
     const int64_t count = span.end - span.begin;
+    ahead.ask_for_portion();
     const TileOperand key_operand{keys.key_rows.data + span.begin * keys.key_rows.stride, keys.key_rows.stride * 2,
                                   kTileDepth * 2};
     const TileOperand query_operand{block.query + offset * head_dim, kAmxLanes * 4, kTileDepth / 2 * kAmxLanes * 4};
@@ -222,6 +232,7 @@ struct AmxForward {
                           block.scores + span.begin * kAmxLanes, kAmxLanes);
     }
 
+    ahead.ask_for_portion();
     float *maximum = block.maximum + offset, *old_maximum = block.old_maximum + offset,
           *rescale = block.rescale + offset;
     __builtin_memcpy(old_maximum, maximum, kAmxLanes * sizeof(float));
@@ -233,11 +244,12 @@ struct AmxForward {
     } else {
       raise_maximum(span.begin, span.end, factor, block.scores, maximum);
     }
-    prefetch_next_bias(stage.mask_rows, block.row, block.rows, offset, kAmxLanes, keys.key, keys.keys);
+    ahead.ask_for_portion();
     const bool rescaled = settle_maximum(old_maximum, maximum, rescale);
     (p.dropout_p > 0 ? softmax_pairs<true> : softmax_pairs<false>)(span.begin, span.end, factor, block.scores,
                                                                    block.kept, maximum, rescale, block.sum + offset,
                                                                    block.weights);
+    ahead.ask_for_portion();
     float* out = block.out + offset * value_dim;
     if (rescaled) {
       for (int64_t i = 0; i < value_dim * kAmxLanes; i += kLanes<float>) {
