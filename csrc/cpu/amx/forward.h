@@ -17,7 +17,7 @@ TA_INLINE int64_t amx_key_block(const AttentionProblem& p) {
 }
 
 // maximum[lane] is raised to include factor times the dots of keys [begin, end); factor > 0.
-TA_NOINLINE void raise_maximum(int64_t begin, int64_t end, float factor, const float* dots, float* maximum) {
+TA_NOINLINE inline void raise_maximum(int64_t begin, int64_t end, float factor, const float* dots, float* maximum) {
   Vec<float> highest[2 * kAmxVectors];
 #pragma GCC unroll 4
   for (int n = 0; n < 2 * kAmxVectors; ++n) highest[n] = load(dots + begin * kAmxLanes + n * kLanes<float>);
@@ -35,8 +35,8 @@ TA_NOINLINE void raise_maximum(int64_t begin, int64_t end, float factor, const f
 
 // Scores (divided by factor) become weights, stored as the pairs of a B operand that starts at key begin; sum is
 // brought up to date. keep is null without dropout.
-TA_NOINLINE void softmax_pairs(int64_t begin, int64_t end, float factor, const float* scores, const float* keep,
-                               const float* maximum, const float* rescale, float* sum, uint16_t* pairs) {
+TA_NOINLINE inline void softmax_pairs(int64_t begin, int64_t end, float factor, const float* scores, const float* keep,
+                                      const float* maximum, const float* rescale, float* sum, uint16_t* pairs) {
   using Math = VectorMath<float>;
   constexpr int n_lanes = kLanes<float>;
 #pragma GCC unroll 2
