@@ -10,10 +10,10 @@
 
 namespace torch_attn::cpu::TORCH_ATTN_ISA {
 
-// Rows of a task. Each reads all keys and values of its heads, from beyond the L2 cache: 32 rows are 3 % slower at
-// L 2048; 128 leave too little of the L2 cache to the weights (4 % slower at L 1024).
+// Rows of a task. Each reads all keys and values of its heads, from beyond the L2 cache: 32 rows are 5 % slower at
+// L 4096; 128 leave too little of the L2 cache to the weights (4 % slower at L 1024).
 constexpr int64_t kTaskRows = 2 * kAmxLanes;
-// Heads whose weights are gathered at once for the mean, read and written once for all of them. 1 is 3 % slower at
+// Heads whose weights are gathered at once for the mean, read and written once for all of them. 1 is 1 % slower at
 // L 2048 and 9 % at L 4096.
 constexpr int64_t kHeadsAtOnce = 4;
 constexpr int64_t kMostPairs = int64_t{1} << 21;  // of the gathered heads; from L 16384 on they are fewer
