@@ -166,6 +166,15 @@ TA_NOINLINE void add_scaled(int64_t keys, const Real* weights, const Real* facto
   }
 }
 
+// Keys [begin, end) of the rows [row, row + rows) of one head's weights.
+TA_INLINE void zero_columns(const TensorView& out, int64_t batch, int64_t head, int64_t row, int64_t rows,
+                            int64_t begin, int64_t end) {
+  const int64_t size = element_size(out.dtype);
+  if (begin >= end) return;
+  for (int64_t i = 0; i < rows; ++i)
+    __builtin_memset(element(out, batch, head, row + i) + begin * size, 0, (end - begin) * size);
+}
+
 template <class Panel>
 struct WeightsKernel {
   using Real = typename Panel::Real;
@@ -207,8 +216,8 @@ struct WeightsKernel {
     const KeyRange any = band_mask_of_selected_rows(p, batch).keys_of_any(row, row + rows);
     // Blocks of keys start at multiples of kKeys, for panels whose shared values are cut up so.
     const KeyRange range = any.empty() ? KeyRange{} : KeyRange{round_down(any.begin, kKeys), any.end};
-    zero(batch, first_head, row, rows, 0, range.begin);
-    zero(batch, first_head, row, rows, range.end, p.key_length);
+    zero_columns(outputs.weights, batch, first_head, row, rows, 0, range.begin);
+    zero_columns(outputs.weights, batch, first_head, row, rows, range.end, p.key_length);
     const bool known = outputs.logsumexp != nullptr && !any_large_logsumexp(batch, first_head, row, rows);
     if (known && range.empty()) return;
     const int64_t all_keys = range.end - range.begin;
@@ -338,14 +347,6 @@ struct WeightsKernel {
       unpack_panel(memory.weight_rows, stride, place + in_place * width, width, memory.factor, memory.rows, rest);
       store_rows(out, columns + in_place * size, memory.weight_rows, stride, memory.rows, rest);
     });
-  }
-
-  void zero(int64_t batch, int64_t head, int64_t row, int64_t rows, int64_t begin, int64_t end) const {
-    const TensorView& out = outputs.weights;
-    const int64_t size = element_size(out.dtype);
-    if (begin >= end) return;
-    for (int64_t i = 0; i < rows; ++i)
-      __builtin_memset(element(out, batch, head, row + i) + begin * size, 0, (end - begin) * size);
   }
 };
 

@@ -4,6 +4,8 @@
 #include <cstdlib>
 #include <new>
 
+#include "huge_pages.h"
+
 namespace torch_attn::cpu {
 
 struct Scratch::Block {
@@ -19,6 +21,16 @@ constexpr size_t kHeader = kAlignment;  // room for a Block, keeping what follow
 constexpr size_t kSmallestBlock = size_t{1} << 18;
 constexpr size_t kLargestKept = size_t{1} << 24;  // larger blocks go back to the system when their task ends
 constexpr size_t kPage = 4096;
+
+// Rounds size up to whole pages: from 2 MiB on huge ones, which also spread evenly over the sets of the L2 cache.
+void* allocate(size_t& size) {
+  const bool huge = size >= kHugePage;
+  const size_t page = huge ? kHugePage : kPage;
+  size = (size + page - 1) / page * page;
+  void* memory = std::aligned_alloc(huge ? kHugePage : kAlignment, size);
+  if (huge && memory != nullptr) advise_huge_pages(memory, size);
+  return memory;
+}
 
 // The blocks that a thread keeps: one for a task, one for a Scratch around the tasks. They are taken out while in use,
 // last in, first out, so that each of the two finds its own again.
@@ -56,8 +68,8 @@ Scratch::~Scratch() {
     newest_ = older;
   }
   if (kept.has_room() && total_ + kHeader <= kLargestKept) {
-    const size_t size = (total_ + kHeader + kPage - 1) / kPage * kPage;
-    void* memory = std::aligned_alloc(kAlignment, size);
+    size_t size = total_ + kHeader;
+    void* memory = allocate(size);
     if (memory != nullptr) kept.put(new (memory) Block{nullptr, size, kHeader});
   }
 }
@@ -67,8 +79,7 @@ void* Scratch::take_bytes(size_t bytes) {
   total_ += bytes;
   if (newest_ == nullptr || newest_->size - newest_->used < bytes) {
     size_t size = bytes + kHeader < kSmallestBlock ? kSmallestBlock : bytes + kHeader;
-    size = (size + kPage - 1) / kPage * kPage;
-    void* memory = std::aligned_alloc(kAlignment, size);
+    void* memory = allocate(size);
     if (memory == nullptr) throw std::bad_alloc();
     newest_ = new (memory) Block{newest_, size, kHeader};
   }

@@ -20,7 +20,7 @@ TA_INLINE int64_t amx_key_block(const AttentionProblem& p) {
 }
 
 // maximum[lane] is raised to include factor times the dots of keys [begin, end); factor > 0.
-TA_NOINLINE void raise_maximum(int64_t begin, int64_t end, float factor, const float* dots, float* maximum) {
+TA_NOINLINE inline void raise_maximum(int64_t begin, int64_t end, float factor, const float* dots, float* maximum) {
   Vec<float> highest[2 * kAmxVectors];
 #pragma GCC unroll 4
   for (int n = 0; n < 2 * kAmxVectors; ++n) highest[n] = load(dots + begin * kAmxLanes + n * kLanes<float>);

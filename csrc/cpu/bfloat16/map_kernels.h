@@ -2,7 +2,7 @@
 // instantiate/map_avx512_bf16.cpp.
 #pragma once
 
-#include "weights.h"
+#include "softmax_weights.h"
 
 namespace torch_attn::cpu::TORCH_ATTN_ISA {
 
@@ -12,7 +12,8 @@ constexpr int64_t kFewestMapRows = 16, kFewestMapKeys = 32;
 static void map_weights(const AttentionProblem& p, const SoftmaxOutputs& outputs, const Parallel& parallel) {
   const bool suits = p.dtype == ScalarType::kBFloat16 && p.batch * p.kv_heads > 0 && p.query_length >= kFewestMapRows &&
                      p.key_length >= kFewestMapKeys;
-  suits ? weights_with<AmxPanel>(p, outputs, parallel) : kAvx512MapKernels.weights(p, outputs, parallel);
+  if (!suits) return kAvx512MapKernels.weights(p, outputs, parallel);
+  outputs.logsumexp == nullptr ? softmax_weights(p, outputs, parallel) : weights_with<AmxPanel>(p, outputs, parallel);
 }
 
 static void map_statistics(const AttentionProblem& p, const StatisticsOutputs& outputs, const Parallel& parallel) {
