@@ -16,14 +16,16 @@ constexpr int64_t kHalfLanes = 2 * kLanes<float>;
 // scores[row · kDecodeKeys + key] = query[row] · keys[key] for kRows rows of query and 16 keys; dim is a multiple of
 // kHalfLanes.
 template <int kRows>
-TA_NOINLINE void decode_pair_dots(const uint16_t* query, HalfRows keys, int64_t dim, float* scores) {
+TA_NOINLINE void decode_pair_dots(const uint16_t* query, HalfRows keys, int64_t dim, float* scores, LinesAhead& lines) {
   constexpr int n = kLanes<float>;
-  constexpr int kAtOnce = kRows <= 2 ? 1 : kDecodeTile<float, kRows>;  // see decode_dots
+  constexpr int kAtOnce = kDotKeys<float, uint16_t, kRows>;
+  LinesAhead ahead = lines;  // in registers
   Vec<float> partial[kRows][n];
   for (int i0 = 0; i0 < n; i0 += kAtOnce) {
     __m512 acc[kRows][kAtOnce] = {};
     const uint16_t* row = keys.data + i0 * keys.stride;
     for (int64_t d = 0; d < dim; d += kHalfLanes) {
+      ahead.ask();
       __m512bh q[kRows];
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) q[r] = load_halves(query + r * dim + d);
@@ -42,6 +44,7 @@ TA_NOINLINE void decode_pair_dots(const uint16_t* query, HalfRows keys, int64_t 
   }
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) store(scores + r * kDecodeKeys, sums_of_lanes<float>(partial[r]));
+  lines = ahead;
 }
 
 // out[row][column] = out[row][column] · rescale[row] + Σ_key weights[row][key] · values[key][column], for kRows rows,
@@ -49,10 +52,12 @@ TA_NOINLINE void decode_pair_dots(const uint16_t* query, HalfRows keys, int64_t 
 // vector, the only way that takes no index: sums[…][0] holds columns 0 to 3 of every 8, sums[…][1] the others.
 template <int kRows, int kPieces>
 TA_NOINLINE void decode_pair_combine(const uint16_t* weights, HalfRows values, int64_t keys, const float* rescale,
-                                     float* out, int64_t out_stride) {
+                                     float* out, int64_t out_stride, LinesAhead& lines) {
   constexpr int n = kLanes<float>;
+  LinesAhead ahead = lines;
   __m512 acc[kRows][kPieces][2] = {};
   for (int64_t key = 0; key < keys; key += 2) {
+    ahead.ask();
     __m512bh weight[kRows];
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
@@ -86,6 +91,7 @@ TA_NOINLINE void decode_pair_combine(const uint16_t* weights, HalfRows values, i
       store(place + n, load(place + n) * rescale[r] + __builtin_shuffle(low, high, first + n / 2));
     }
   }
+  lines = ahead;
 }
 
 struct DecodePairs {
@@ -119,22 +125,29 @@ struct DecodePairs {
     }
   }
 
-  void dots(int64_t key, int64_t keys, float* scores) {
+  void dots(int64_t key, int64_t keys, float* scores, LinesAhead& ahead) {
     constexpr int64_t n = kLanes<float>;
+    const bool few = rows <= kFewRowsOfDecode;
+    const int64_t tile_rows = few ? 2 : 4;
+    const int64_t tile_keys = few ? kDotKeys<float, uint16_t, 2> : kDotKeys<float, uint16_t, 4>;
+    ahead.divide(round_up(keys, n) / tile_keys * (head_dim / kHalfLanes) * ((rows + tile_rows - 1) / tile_rows));
     const HalfRows key_rows =
         half_rows(p.key, batch, kv_head, key, keys, p.head_dim, round_up(keys, n), head_dim, key_scratch);
     for (int64_t j = 0; j < keys; j += n) {  // outside: these keys stay in the L1 cache for all rows
       const auto tile = [&]<int kRows>(int64_t row) TA_INLINE_LAMBDA {
         decode_pair_dots<kRows>(query + row * head_dim, {key_rows.data + j * key_rows.stride, key_rows.stride},
-                                head_dim, scores + row * kDecodeKeys + j);
+                                head_dim, scores + row * kDecodeKeys + j, ahead);
       };
-      rows <= kFewRowsOfDecode ? for_each_tile<2>(0, rows, tile) : for_each_tile<4>(0, rows, tile);
+      few ? for_each_tile<2>(0, rows, tile) : for_each_tile<4>(0, rows, tile);
     }
   }
 
   void combine(int64_t key, int64_t keys, const float* float_weights, const float* rescale, float* out,
-               int64_t out_stride) {
+               int64_t out_stride, LinesAhead& ahead) {
     const int64_t all_keys = round_up(keys, 2);
+    const bool few = rows <= kFewRowsOfDecode;
+    ahead.divide(all_keys / 2 * larger<int64_t>(value_dim / kHalfLanes / (few ? 4 : 2), 1) *
+                 ((rows + (few ? 1 : 3)) / (few ? 2 : 4)));
     const HalfRows values =
         half_rows(p.value, batch, kv_head, key, keys, p.value_dim, all_keys, value_dim, value_scratch);
     for (int64_t i = 0; i < rows * kDecodeKeys; i += kHalfLanes)
@@ -144,11 +157,12 @@ struct DecodePairs {
       for (; column + kPieces * kHalfLanes <= value_dim; column += kPieces * kHalfLanes) {
         for_each_tile<kMostRows>(0, rows, [&]<int kRows>(int64_t row) TA_INLINE_LAMBDA {
           decode_pair_combine<kRows, kPieces>(weights + row * kDecodeKeys, {values.data + column, values.stride},
-                                              all_keys, rescale + row, out + row * out_stride + column, out_stride);
+                                              all_keys, rescale + row, out + row * out_stride + column, out_stride,
+                                              ahead);
         });
       }
     };
-    if (rows <= kFewRowsOfDecode) cover.template operator()<2, 4>();
+    if (few) cover.template operator()<2, 4>();
     cover.template operator()<4, 2>();
     cover.template operator()<4, 1>();
   }
