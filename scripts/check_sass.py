@@ -20,20 +20,21 @@ from pathlib import Path
 LIBRARY = Path(__file__).resolve().parents[1] / "torch_attn" / "lib" / "libtorch_attn.so"
 ARCHITECTURES = ("sm_80", "sm_90a")
 
-# Matrix instructions in the unrolled loops: for each width, a plain and a full kernel (csrc/cuda/sm80).
+# Matrix instructions in the unrolled loops: for each width, a plain and a full kernel (csrc/cuda/sm80). A full kernel
+# of the backward pass has q·k twice: with a softcap it is computed anew.
 PLANNED_HMMA = {
     "HMMA.16816.F32": {
         "forward_kernel": {64: (128, 64), 128: (128, 128), 256: (128, 128)},
         "decode_kernel": {64: (16, 16), 128: (32, 32), 256: (64, 64)},
-        "query_gradient_kernel": {64: (96, 96), 128: (96, 96), 256: (192, 192)},
-        "key_value_gradient_kernel": {64: (128, 128), 128: (128, 128), 256: (192, 192)},
-        "all_gradients_kernel": {64: (160, 160), 128: (160, 160)},
+        "query_gradient_kernel": {64: (96, 128), 128: (96, 128), 256: (192, 256)},
+        "key_value_gradient_kernel": {64: (128, 160), 128: (128, 160), 256: (192, 256)},
+        "all_gradients_kernel": {64: (160, 192), 128: (160, 192)},
     },
     "HMMA.1688.F32.TF32": {
         "forward_kernel": {64: (128, 128), 128: (128, 128)},
         "decode_kernel": {64: (32, 32), 128: (64, 64)},
-        "query_gradient_kernel": {64: (96, 96), 128: (192, 192)},
-        "key_value_gradient_kernel": {64: (128, 128), 128: (256, 256)},
+        "query_gradient_kernel": {64: (96, 128), 128: (192, 256)},
+        "key_value_gradient_kernel": {64: (128, 160), 128: (256, 320)},
     },
 }
 # The same of kernels that come in one kind for each type: for 16-bit types and for TF32, by width where they have one.
@@ -52,7 +53,7 @@ PLANNED_HMMA_OF_WIDTH = {"select_keys_kernel": {64: 32, 128: 64}}  # in both 16-
 STORES_ROWS = ("map_weights_kernel", "map_query_gradient_kernel", "map_key_gradient_kernel")
 
 # Warpgroup matrix instructions of the Hopper tier's kernels (csrc/cuda/sm90), by width; in its machine code alone.
-PLANNED_HGMMA = {"forward_kernel": {64: 12, 128: 16}}
+PLANNED_HGMMA = {"forward_kernel": {64: 24, 128: 32}}
 
 # How many kernels there are of each family. The 16-bit ones come in two types.
 EXPECTED = {
@@ -68,19 +69,26 @@ EXPECTED = {
     "portable map": 2 * 7,
     "portable selection": 8,
 }
-# The widest kernels, with rows of 512 bytes, and one of hard attention's may spill this much, once outside their loops.
-WIDEST_SPILL_BYTES = 32
+# Full kernels, which have branches for every option, may spill a few registers around these, and those with rows of 512
+# bytes more.
+FULL_SPILL_BYTES, WIDEST_SPILL_BYTES = 32, 144
 # These may spill a few registers, by tier, kernel and width: what the starts of packed sequences and the maps' options
 # cost beside their accumulators, of which a float64 takes two registers. All others nothing.
 MAY_SPILL = {
-    ("sm80", "map_query_gradient_kernel", 0): 8,
+    ("sm90", "forward_kernel", 128): 16,
+    ("sm80", "forward_kernel", 128): 24,
+    ("sm80", "all_gradients_kernel", 128): 8,
+    ("sm80", "map_query_gradient_kernel", 0): 104,
+    ("sm80", "map_key_gradient_kernel", 0): 16,
+    ("sm80", "select_keys_kernel", 128): 16,
+    ("simt", "map_row_terms_kernel", 0): 40,
     ("simt", "forward_kernel", 64): 96,
     ("simt", "query_gradient_kernel", 64): 64,
-    ("simt", "key_value_gradient_kernel", 128): WIDEST_SPILL_BYTES,
+    ("simt", "key_value_gradient_kernel", 128): 32,
     ("simt", "map_column_kernel", 0): 8,
     ("simt", "select_keys_kernel", 0): 16,
     ("simt", "selection_key_gradient_kernel", 64): 8,
-    ("simt", "selection_mask_gradient_kernel", 0): WIDEST_SPILL_BYTES,
+    ("simt", "selection_mask_gradient_kernel", 0): 32,
 }
 WIDEST = {"HMMA.16816.F32": 256, "HMMA.1688.F32.TF32": 128}
 
@@ -172,7 +180,8 @@ def plan_of(name: str) -> Plan | None:
         width = int(found[3] or 0)
         if kernel in PLANNED_HMMA_OF_WIDTH:
             count = PLANNED_HMMA_OF_WIDTH[kernel][width]
-            return Plan("tensor-core selection", f"{label} {width}", instruction, count)
+            spill_bytes = MAY_SPILL.get(("sm80", kernel, width), 0)
+            return Plan("tensor-core selection", f"{label} {width}", instruction, count, spill_bytes=spill_bytes)
         if kernel not in PLANNED_HMMA[instruction] or found[4] is None:
             return None
         full = found[4] == "1"
@@ -182,12 +191,17 @@ def plan_of(name: str) -> Plan | None:
             instruction,
             PLANNED_HMMA[instruction][kernel][width][full],
             True,
-            WIDEST_SPILL_BYTES if width == WIDEST[instruction] else MAY_SPILL.get(("sm80", kernel, width), 0),
+            max(
+                WIDEST_SPILL_BYTES if width == WIDEST[instruction] else 0,
+                FULL_SPILL_BYTES if full else 0,
+                MAY_SPILL.get(("sm80", kernel, width), 0),
+            ),
         )
     if found := SM90_NAME.search(name):
         kernel, width = found[1], int(found[3])
         label = f"sm90 {kernel} {type_name(found[2])} {width}"
-        return Plan("Hopper", label, "HGMMA", PLANNED_HGMMA[kernel][width], True)
+        spill_bytes = MAY_SPILL.get(("sm90", kernel, width), 0)
+        return Plan("Hopper", label, "HGMMA", PLANNED_HGMMA[kernel][width], True, spill_bytes)
     if found := SIMT_NAME.search(name):
         kernel, width = found[1], int(found[3] or 0)
         family = "portable"
@@ -239,7 +253,7 @@ def check(library: Path, architecture: str) -> list[str]:
         wrong = problems_of(kernel, plan)
         print(
             f"{architecture:7} {plan.label:50} {kernel.registers:4} registers {kernel.stack:4} bytes spilled "
-            f"{kernel.count('HMMA'):4} HMMA {'; '.join(wrong) or 'ok'}"
+            f"{kernel.count('HMMA') + kernel.count('HGMMA'):4} HMMA {'; '.join(wrong) or 'ok'}"
         )
         problems += [f"{architecture} {plan.label}: {problem}" for problem in wrong]
     if found != EXPECTED:
