@@ -100,18 +100,21 @@ def write_plot(results: list[Result], path: Path) -> None:
     panels: dict[tuple[str, str], list[Result]] = defaultdict(list)
     for r in results:
         panels[(r.dtype, against(r))].append(r)
-    height = max(len({r.case for r in rows}) for rows in panels.values()) * 0.3 + 1.5
+    cases = list(dict.fromkeys(r.case for r in results))  # of all panels: their axis is the same
+    height = len(cases) * 0.3 + 1.5
     figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels) + 2, height), squeeze=False, sharey=True)
     for axis, ((dtype, baseline), rows) in zip(axes[0], panels.items(), strict=True):
-        cases = list(dict.fromkeys(r.case for r in rows))
         modes = list(dict.fromkeys(r.mode for r in rows))
         for m, mode in enumerate(modes):
             chosen = [r for r in rows if r.mode == mode]
             places = [cases.index(r.case) + (m - (len(modes) - 1) / 2) * 0.38 for r in chosen]
-            axis.barh(places, [r.speedup for r in chosen], height=0.36, label=mode)
+            widths = [r.speedup - 1 for r in chosen]
+            axis.barh(places, widths, left=1, height=0.36, label=mode)
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         axis.axvline(1, color="black", linewidth=1)
         axis.set_yticks(range(len(cases)), cases)
-        axis.set_xlabel("times faster than PyTorch's SDPA")
+        axis.set_xlabel("times as fast as PyTorch's SDPA")
         axis.set_title(f"{dtype}, {baseline}")
         axis.legend()
     axes[0][0].invert_yaxis()
