@@ -156,7 +156,7 @@ def report() -> str:
             "cpu instruction sets": available,
             "cpu threads": str(torch.get_num_threads()),
             "cuda": cuda_state(build),
-            "cuda tiers": "sm90 (Hopper), sm80 (tensor cores), simt (everything else); torch_attn.info.explain asks them",
+            "cuda tiers": "sm90 (Hopper), sm80 (tensor cores), simt (all else); torch_attn.info.explain asks them",
             "composite": "on: other devices, and derivatives beyond the second",
         },
     }
