@@ -1,4 +1,5 @@
-// The Hopper tier's kernels: which instances exist. Read by the files that instantiate them (instantiate/) and by tier.cpp.
+// The Hopper tier's kernels: which instances exist. Read by the files that instantiate them (instantiate/) and by
+// tier.cpp.
 #pragma once
 
 #include "../kernels.h"
