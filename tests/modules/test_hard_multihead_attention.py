@@ -163,7 +163,8 @@ def test_log_prob_and_entropy_have_the_gradients_of_the_weights(case: Case) -> N
     weights = soft_weights(theirs, arguments)
     log_prob = weights.expand(2, *weights.shape).gather(-1, choice.indices.unsqueeze(-1)).squeeze(-1).log()
     expected = gradients(theirs, log_prob, entropy_of(weights))
-    assert any(x.any() for x in expected)
+    only_one_key = ((weights > 0).sum(-1) <= 1).all()  # what the drawn padding may leave: then nothing has a gradient
+    assert only_one_key or any(x.any() for x in expected)
     torch.testing.assert_close(actual, expected)
 
 
