@@ -78,6 +78,26 @@ constexpr int kDecodeTile = smaller<int>(8, (TA_VECTOR_BYTES == 64 ? 16 : 8) / k
 template <class Real, class Stored, int kRows>
 constexpr int kDotKeys = sizeof(Stored) == 2 && kRows <= 2 ? 1 : smaller(kLanes<Real>, kDecodeTile<Real, kRows>);
 
+// The register tiles of so many rows of query.
+TA_INLINE int64_t rows_of_decode_tile(int64_t rows) { return rows <= kFewRowsOfDecode ? 2 : 4; }
+template <class Body>
+TA_INLINE void for_each_decode_tile(int64_t rows, const Body& body) {
+  rows_of_decode_tile(rows) == 2 ? for_each_tile<2>(0, rows, body) : for_each_tile<4>(0, rows, body);
+}
+
+// How often the inner loops of the two products run, for LinesAhead::divide: `vectors` of a key or value, of which
+// combine takes `wide` at once with few rows, else `narrow`.
+template <class Real, class Stored>
+TA_INLINE int64_t dot_steps(int64_t rows, int64_t keys, int64_t vectors) {
+  const int64_t most = rows_of_decode_tile(rows),
+                at_once = most == 2 ? kDotKeys<Real, Stored, 2> : kDotKeys<Real, Stored, 4>;
+  return round_up(keys, kLanes<Real>) / at_once * vectors * ((rows + most - 1) / most);
+}
+TA_INLINE int64_t combine_steps(int64_t rows, int64_t keys, int64_t vectors, int64_t wide, int64_t narrow) {
+  const int64_t most = rows_of_decode_tile(rows);
+  return keys * larger<int64_t>(vectors / (most == 2 ? wide : narrow), 1) * ((rows + most - 1) / most);
+}
+
 // scores[row · kDecodeKeys + key] = query[row] · keys[key] for kRows rows of query and as many keys as lanes; dim is a
 // multiple of the lanes, too.
 template <class Real, class Stored, int kRows>
@@ -177,18 +197,13 @@ struct DecodeVectors {
   // scores[row][key] for the block of keys. The lines ahead are asked for as it goes.
   void dots(int64_t key, int64_t keys, Real* scores, LinesAhead& ahead) {
     const StoredRows<Stored> key_rows = block_rows(p.key, key, keys, p.head_dim, key_scratch);
-    const bool few = rows <= kFewRowsOfDecode;
-    const int64_t tile_rows = few ? 2 : 4;
-    const int64_t tile_keys = few ? kDotKeys<Real, Stored, 2> : kDotKeys<Real, Stored, 4>;
-    ahead.divide(round_up(keys, kLaneCount) / tile_keys * (query_dim / kLaneCount) *
-                 ((rows + tile_rows - 1) / tile_rows));
-    const auto tile = [&]<int kRows>(int64_t row, int64_t j) TA_INLINE_LAMBDA {
-      decode_dots<Real, Stored, kRows>(query + row * query_dim, {key_rows.data + j * key_rows.stride, key_rows.stride},
-                                       query_dim, scores + row * kDecodeKeys + j, ahead);
-    };
+    ahead.divide(dot_steps<Real, Stored>(rows, keys, query_dim / kLaneCount));
     for (int64_t j = 0; j < keys; j += kLaneCount) {  // outside: these keys stay in the L1 cache for all rows
-      const auto rows_tile = [&]<int kRows>(int64_t row) TA_INLINE_LAMBDA { tile.template operator()<kRows>(row, j); };
-      few ? for_each_tile<2>(0, rows, rows_tile) : for_each_tile<4>(0, rows, rows_tile);
+      for_each_decode_tile(rows, [&]<int kRows>(int64_t row) TA_INLINE_LAMBDA {
+        decode_dots<Real, Stored, kRows>(query + row * query_dim,
+                                         {key_rows.data + j * key_rows.stride, key_rows.stride}, query_dim,
+                                         scores + row * kDecodeKeys + j, ahead);
+      });
     }
   }
 
@@ -199,9 +214,7 @@ struct DecodeVectors {
     const int64_t vectors = value_dim / kLaneCount;
     int64_t vector = 0;
     constexpr int kWide = kDecodeTile<Real, 2>, kNarrow = kDecodeTile<Real, 4>;
-    const bool few = rows <= kFewRowsOfDecode;
-    ahead.divide(keys * larger<int64_t>(vectors / (few ? kWide : kNarrow), 1) *
-                 ((rows + (few ? 1 : 3)) / (few ? 2 : 4)));
+    ahead.divide(combine_steps(rows, keys, vectors, kWide, kNarrow));
     const auto cover = [&]<int kMostRows, int kVectors>() TA_INLINE_LAMBDA {
       for (; vector + kVectors <= vectors; vector += kVectors) {
         const int64_t column = vector * kLaneCount;
@@ -212,9 +225,7 @@ struct DecodeVectors {
         });
       }
     };
-    if (few) {
-      cover.template operator()<2, kWide>();
-    }
+    if (rows <= kFewRowsOfDecode) cover.template operator()<2, kWide>();
     cover.template operator()<4, kNarrow>();
     cover.template operator()<4, 1>();
   }

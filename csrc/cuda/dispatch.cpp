@@ -40,14 +40,19 @@ std::vector<Plan> plans_of_two(const std::string& sm80_refusal) {
           with_forced_tier(&simt::kTier, simt)};
 }
 
-// The first that can serve the call; if there is none, the error says why each cannot.
-size_t first_to_serve(const std::vector<Plan>& plans) {
+// plans: of each tier, none of which can serve the call.
+[[noreturn]] void refuse(const std::vector<Plan>& plans) {
   std::string reasons;
-  for (size_t i = 0; i < plans.size(); ++i) {
-    if (plans[i].refusal.empty()) return i;
+  for (size_t i = 0; i < plans.size(); ++i)
     reasons += std::string(reasons.empty() ? "" : "; ") + kTiers[i]->name + ": " + plans[i].refusal;
-  }
   throw std::invalid_argument("no CUDA kernel can serve this call (" + reasons + ")");
+}
+
+// The first that can serve the call.
+size_t first_to_serve(const std::vector<Plan>& plans) {
+  for (size_t i = 0; i < plans.size(); ++i)
+    if (plans[i].refusal.empty()) return i;
+  refuse(plans);
 }
 
 struct Choice {
@@ -57,10 +62,13 @@ struct Choice {
 
 // Asks no further tier than it must: a small call takes little longer than this.
 Choice choose(const Call& call) {
-  for (const Tier* tier : kTiers)
-    if (Plan plan = with_forced_tier(tier, tier->plan(call)); plan.refusal.empty()) return {*tier, std::move(plan)};
-  first_to_serve(ask_tiers(call));  // throws
-  throw std::logic_error("a tier has changed its mind");
+  std::vector<Plan> refused;
+  for (const Tier* tier : kTiers) {
+    Plan plan = with_forced_tier(tier, tier->plan(call));
+    if (plan.refusal.empty()) return {*tier, std::move(plan)};
+    refused.push_back(std::move(plan));
+  }
+  refuse(refused);
 }
 
 std::vector<TierAnswer> answers(const std::vector<Plan>& plans) {

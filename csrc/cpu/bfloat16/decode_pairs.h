@@ -127,27 +127,21 @@ struct DecodePairs {
 
   void dots(int64_t key, int64_t keys, float* scores, LinesAhead& ahead) {
     constexpr int64_t n = kLanes<float>;
-    const bool few = rows <= kFewRowsOfDecode;
-    const int64_t tile_rows = few ? 2 : 4;
-    const int64_t tile_keys = few ? kDotKeys<float, uint16_t, 2> : kDotKeys<float, uint16_t, 4>;
-    ahead.divide(round_up(keys, n) / tile_keys * (head_dim / kHalfLanes) * ((rows + tile_rows - 1) / tile_rows));
+    ahead.divide(dot_steps<float, uint16_t>(rows, keys, head_dim / kHalfLanes));
     const HalfRows key_rows =
         half_rows(p.key, batch, kv_head, key, keys, p.head_dim, round_up(keys, n), head_dim, key_scratch);
     for (int64_t j = 0; j < keys; j += n) {  // outside: these keys stay in the L1 cache for all rows
-      const auto tile = [&]<int kRows>(int64_t row) TA_INLINE_LAMBDA {
+      for_each_decode_tile(rows, [&]<int kRows>(int64_t row) TA_INLINE_LAMBDA {
         decode_pair_dots<kRows>(query + row * head_dim, {key_rows.data + j * key_rows.stride, key_rows.stride},
                                 head_dim, scores + row * kDecodeKeys + j, ahead);
-      };
-      few ? for_each_tile<2>(0, rows, tile) : for_each_tile<4>(0, rows, tile);
+      });
     }
   }
 
   void combine(int64_t key, int64_t keys, const float* float_weights, const float* rescale, float* out,
                int64_t out_stride, LinesAhead& ahead) {
     const int64_t all_keys = round_up(keys, 2);
-    const bool few = rows <= kFewRowsOfDecode;
-    ahead.divide(all_keys / 2 * larger<int64_t>(value_dim / kHalfLanes / (few ? 4 : 2), 1) *
-                 ((rows + (few ? 1 : 3)) / (few ? 2 : 4)));
+    ahead.divide(combine_steps(rows, all_keys / 2, value_dim / kHalfLanes, 4, 2));
     const HalfRows values =
         half_rows(p.value, batch, kv_head, key, keys, p.value_dim, all_keys, value_dim, value_scratch);
     for (int64_t i = 0; i < rows * kDecodeKeys; i += kHalfLanes)
@@ -162,7 +156,7 @@ struct DecodePairs {
         });
       }
     };
-    if (few) cover.template operator()<2, 4>();
+    if (rows <= kFewRowsOfDecode) cover.template operator()<2, 4>();
     cover.template operator()<4, 2>();
     cover.template operator()<4, 1>();
   }

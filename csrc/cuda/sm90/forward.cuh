@@ -85,8 +85,7 @@ __global__ void __launch_bounds__(ForwardShape<kDim>::kThreads, ForwardShape<kDi
 #if TA_HAS_WGMMA
   using Shape = ForwardShape<kDim>;
   using Softmax = OnlineSoftmax<Math<float>>;
-  constexpr int kKeys = Shape::kKeys, kGroups = kKeys / 8, kStages = Shape::kStages,
-                kRows = kWarpgroupRows * Shape::kWarpgroups;
+  constexpr int kKeys = Shape::kKeys, kGroups = kKeys / 8, kStages = Shape::kStages, kRows = Shape::kRows;
   const T type{};
   TA_DYNAMIC_SHARED(memory);
   auto& shared = *reinterpret_cast<ForwardShared<T, kDim>*>(memory);
@@ -155,12 +154,12 @@ __global__ void __launch_bounds__(ForwardShape<kDim>::kThreads, ForwardShape<kDi
     for (int half = 0; half < 2; ++half)
       rescale[half] = sm80::softmax_row<false>(x, half, maximum[half], sum[half], factor);
   };
-  const auto round_weights = [&](uint32_t (&rounded)[kKeys / 16][4]) {
+  const auto round_weights = [&] {
 #pragma unroll
     for (int k = 0; k < kKeys / 16; ++k)
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        rounded[k][i] = ptx::pack(x[2 * k + i / 2][i % 2 * 2], x[2 * k + i / 2][i % 2 * 2 + 1], type);
+        weights[k][i] = ptx::pack(x[2 * k + i / 2][i % 2 * 2], x[2 * k + i / 2][i % 2 * 2 + 1], type);
   };
 
   // While a step's weights are computed, the tensor cores multiply the last step's with their values.
@@ -176,7 +175,7 @@ __global__ void __launch_bounds__(ForwardShape<kDim>::kThreads, ForwardShape<kDi
     ptx::wgmma_wait<0>();
     ptx::hold(x);
     softmax(0);
-    round_weights(weights);
+    round_weights();
     for (int step = 1; step < steps; ++step) {
       wait_for_step();
       ptx::hold(x);
@@ -195,7 +194,7 @@ __global__ void __launch_bounds__(ForwardShape<kDim>::kThreads, ForwardShape<kDi
       for (int n = 0; n < kDim / 8; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) result[n][i] *= rescale[i / 2];
-      round_weights(weights);
+      round_weights();
     }
     wait_for_step();
     ptx::hold(result);
