@@ -4,6 +4,7 @@
 
 #include "../forward.h"
 #include "dropout_pairs.h"
+#include "masked_scores.h"
 #include "panel.h"
 
 namespace torch_attn::cpu::TORCH_ATTN_ISA {
@@ -215,7 +216,12 @@ struct AmxForward {
     const int64_t row = block.row + offset, rows = smaller(kAmxLanes, block.rows - offset);
     const KeySpan span = KeySpan::of(stage.band, row, rows, keys.key, keys.all_keys, kTileDepth);
     if (span.empty()) return;
-    if (stage.mask && !stage.mask_is_per_key() &&
+    MaskedPanel masked;
+    MaskEffect effect = MaskEffect::kNone;
+    if (MaskedPanel::serves(stage, rows, span)) {
+      effect = masked.load(stage.mask_rows, row, keys.key, span);
+      if (effect == MaskEffect::kExcludesAll) return;
+    } else if (stage.mask && !stage.mask_is_per_key() &&
         !load_bias_per_lane(stage.mask_rows, row, rows, kAmxLanes, keys.key, span.begin, span.end, block.staging,
                             block.bias, bias)) {
       return;
@@ -237,7 +243,9 @@ struct AmxForward {
           *rescale = block.rescale + offset;
     __builtin_memcpy(old_maximum, maximum, kAmxLanes * sizeof(float));
     float factor = stage.dot_factor();
-    if (stage.changes_elements(bias) || span.has_edges() || !(factor > 0)) {
+    if (effect == MaskEffect::kSome) {
+      factor = masked.apply<true>(span, factor, block.scores, maximum);
+    } else if (stage.changes_elements(bias) || span.has_edges() || !(factor > 0)) {
       modify_scores<float, kAmxVectors>(stage, bias, span.has_edges(), row, keys.key, span.begin, span.end, factor,
                                         block.scores, nullptr, maximum);
       factor = 1;
