@@ -11,8 +11,21 @@ namespace torch_attn::cpu::TORCH_ATTN_ISA {
 
 constexpr int64_t kAmxRows = 512;
 
-// Of a tile's RowsAhead: before each of its stages.
-constexpr int64_t kPortions = 4;
+// A panel walks over so many bytes of keys and values before the next one does. A mask's rows are then read in pieces
+// long enough for memory: with one block of keys at a time, masks cost 1.4 (float) to 3 times (boolean, 8192 keys) as
+// much. Twice as many bytes gain 3 % more there, and lose 1 % without a mask at head_dim 128.
+constexpr int64_t kSpanBytes = 256 * 1024;
+
+// Asks for rows beside a tile product. In larger portions they would wait for each other, and the products after them.
+struct AskBeside {
+  RowsAhead& ahead;
+
+  TA_NOINLINE void operator()(int64_t) { ahead.ask_for_portion(); }
+  // How often a product calls it.
+  static TA_INLINE int64_t calls(int64_t m_tiles, int64_t n_tiles, int64_t steps) {
+    return (m_tiles + 1) / 2 * ((n_tiles + 1) / 2) * steps;
+  }
+};
 
 // Keys per block. Measured on an Intel Xeon with AMX: 64 is 5 to 10 % faster than 128 at head_dim 64, whose tiles then
 // stay in the L1 cache, and 10 % slower at 128, where each block's addition to the output weighs more.
@@ -41,7 +54,8 @@ TA_NOINLINE inline void raise_maximum(int64_t begin, int64_t end, float factor, 
 // brought up to date. kept is DropoutPairs'.
 template <bool kDropout>
 TA_NOINLINE void softmax_pairs(int64_t begin, int64_t end, float factor, const float* scores, const uint32_t* kept,
-                               const float* maximum, const float* rescale, float* sum, uint16_t* pairs) {
+                               const float* maximum, const float* rescale, float* sum, uint16_t* pairs,
+                               RowsAhead& ahead) {
   using Math = VectorMath<float>;
   constexpr int n_lanes = kLanes<float>;
 #pragma GCC unroll 2
@@ -63,6 +77,7 @@ TA_NOINLINE void softmax_pairs(int64_t begin, int64_t end, float factor, const f
     }
     float* total = sum + n * n_lanes;
     store(total, load(total) * load(rescale + n * n_lanes) + (even_sum + odd_sum));
+    ahead.ask_for_portion();
   }
 }
 
@@ -120,10 +135,14 @@ struct AmxForward {
   struct KeyBlock {
     int64_t key, keys, all_keys;  // all_keys: with padding
     HalfRows key_rows;
-    const uint16_t* values;  // [value_dim][all_keys]
-    const PhiloxPanel& philox;
-    const PhiloxPanel::Groups& groups;  // with dropout
+    uint16_t* values;            // [value_dim][all_keys]
+    BiasTile<float> bias;        // of a mask that has one number for each key
+    PhiloxPanel::Groups groups;  // with dropout
+    uint16_t* key_scratch;
+    float* bias_scratch;
   };
+
+  static constexpr int64_t kMostKeyBlocks = 32;
 
   void run(int64_t item, Scratch& scratch) const {
     const TileSession session;
@@ -148,44 +167,55 @@ struct AmxForward {
     block.bias = scratch.take<float>(stage.mask ? tile : 0);
     block.staging = scratch.take<float>(stage.mask ? tile : 0);
     block.weights = scratch.take<uint16_t>(tile);
-    auto* key_scratch = scratch.take<uint16_t>(kAmxKeys * head_dim);
+    const int64_t key_block_size = amx_key_block(p), key_bytes = (head_dim + packed_values) * sizeof(uint16_t);
+    const int64_t most = larger<int64_t>(1, smaller(kMostKeyBlocks, kSpanBytes / (key_bytes * key_block_size)));
     auto* value_scratch = scratch.take<uint16_t>(kAmxKeys * packed_values);
     auto* value_pairs = scratch.take<uint16_t>(kAmxKeys * packed_values);
-    auto* values = scratch.take<uint16_t>(kAmxKeys * packed_values);
+    KeyBlock key_blocks[kMostKeyBlocks];
+    for (int64_t i = 0; i < most; ++i) {
+      key_blocks[i].key_scratch = scratch.take<uint16_t>(key_block_size * head_dim);
+      key_blocks[i].values = scratch.take<uint16_t>(key_block_size * packed_values);
+      key_blocks[i].bias_scratch = scratch.take<float>(stage.mask_is_per_key() ? key_block_size : 0);
+    }
 
     load_query(block, scratch);
     start(block);
     const KeyRange range = stage.band.keys_of_any(block.row, block.row + block.rows);
-    const int64_t key_block_size = amx_key_block(p);
     const PhiloxPanel philox(dropout, p.dropout_batch_head(block.batch, block.head));
-    PhiloxPanel::Groups groups;
     // Groups of keys that share random bits are not torn.
     const int64_t first_key = p.dropout_p > 0 ? round_down(range.begin, Dropout::kKeysPerCall) : range.begin;
-    for (int64_t key = first_key; key < range.end; key += key_block_size) {
-      const int64_t keys = smaller(key_block_size, range.end - key), all_keys = round_up(keys, kTileDepth);
-      BiasTile<float> bias;
-      if (stage.mask_is_per_key()) {
-        if (!load_bias_per_key(stage.mask_rows, key, keys, block.bias, bias)) continue;
+    const int64_t panels = block.lanes / kAmxLanes, span_keys = most * key_block_size;
+    for (int64_t begin = first_key; begin < range.end; begin += span_keys) {
+      const int64_t end = smaller(begin + span_keys, range.end);
+      int64_t count = 0;
+      for (int64_t key = begin; key < end; key += key_block_size) {
+        KeyBlock& keys = key_blocks[count];
+        keys.key = key, keys.keys = smaller(key_block_size, end - key);
+        keys.all_keys = round_up(keys.keys, kTileDepth);
+        keys.bias = {};
+        if (stage.mask_is_per_key() &&
+            !load_bias_per_key(stage.mask_rows, key, keys.keys, keys.bias_scratch, keys.bias)) {
+          continue;
+        }
+        keys.key_rows = half_rows(p.key, block.batch, kv_head, key, keys.keys, p.head_dim, keys.all_keys, head_dim,
+                                  keys.key_scratch);
+        const HalfRows value_rows = half_rows(p.value, block.batch, kv_head, key, keys.keys, p.value_dim, keys.all_keys,
+                                              packed_values, value_scratch);
+        transpose_rows(keys.values, value_rows, keys.all_keys, packed_values, value_pairs);
+        if (p.dropout_p > 0) {
+          philox.groups(key / Dropout::kKeysPerCall, keys.all_keys / Dropout::kKeysPerCall, keys.groups);
+        }
+        ++count;
       }
-      const HalfRows key_rows =
-          half_rows(p.key, block.batch, kv_head, key, keys, p.head_dim, all_keys, head_dim, key_scratch);
-      const HalfRows value_rows =
-          half_rows(p.value, block.batch, kv_head, key, keys, p.value_dim, all_keys, packed_values, value_scratch);
-      transpose_rows(values, value_rows, all_keys, packed_values, value_pairs);
-      if (p.dropout_p > 0) {
-        philox.groups(key / Dropout::kKeysPerCall, all_keys / Dropout::kKeysPerCall, groups);
-      }
-      const KeyBlock key_block{key, keys, all_keys, key_rows, values, philox, groups};
-      const int64_t panels = block.lanes / kAmxLanes;
-      const NextRows next(p, block.batch, kv_head, key + keys, key_block_size, range.end - key - keys, panels);
-      for (int64_t i = 0; i < panels; ++i) {
+      const NextRows next(p, block.batch, kv_head, end, span_keys, range.end - end, panels * count);
+      for (int64_t i = 0; i < panels * count; ++i) {
+        const int64_t panel = i / count, then = (i + 1) / count;
         RowsAhead ahead;
         next.add_share(i, ahead);
-        const int64_t offset = i + 1 < panels ? (i + 1) * kAmxLanes : 0;
+        const int64_t offset = then < panels ? then * kAmxLanes : 0;
         add_bias(stage.mask_rows, block.row + offset, smaller(kAmxLanes, block.rows - offset),
-                 offset > 0 ? key : key + keys, key_block_size, ahead);
-        ahead.divide(kPortions);
-        add_keys(block, i * kAmxLanes, stage, bias, key_block, ahead);
+                 then < panels ? key_blocks[(i + 1) % count].key : end, key_block_size, ahead);
+        add_keys(block, panel * kAmxLanes, stage, philox, key_blocks[i % count], ahead);
         ahead.ask_for_rest();
       }
     }
@@ -211,31 +241,36 @@ struct AmxForward {
     fill<float>(block.out, 0, block.lanes * value_dim);
   }
 
-  TA_NOINLINE void add_keys(const Block& block, int64_t offset, const ScoreStage<float>& stage, BiasTile<float> bias,
-                            const KeyBlock& keys, RowsAhead& ahead) const {
+  TA_NOINLINE void add_keys(const Block& block, int64_t offset, const ScoreStage<float>& stage,
+                            const PhiloxPanel& philox, const KeyBlock& keys, RowsAhead& ahead) const {
     const int64_t row = block.row + offset, rows = smaller(kAmxLanes, block.rows - offset);
     const KeySpan span = KeySpan::of(stage.band, row, rows, keys.key, keys.all_keys, kTileDepth);
     if (span.empty()) return;
+    BiasTile<float> bias = keys.bias;
     MaskedPanel masked;
     MaskEffect effect = MaskEffect::kNone;
     if (MaskedPanel::serves(stage, rows, span)) {
       effect = masked.load(stage.mask_rows, row, keys.key, span);
       if (effect == MaskEffect::kExcludesAll) return;
     } else if (stage.mask && !stage.mask_is_per_key() &&
-        !load_bias_per_lane(stage.mask_rows, row, rows, kAmxLanes, keys.key, span.begin, span.end, block.staging,
-                            block.bias, bias)) {
+               !load_bias_per_lane(stage.mask_rows, row, rows, kAmxLanes, keys.key, span.begin, span.end, block.staging,
+                                   block.bias, bias)) {
       return;
     }
     const int64_t count = span.end - span.begin;
-    ahead.ask_for_portion();
+    const int64_t head_steps = head_dim / kTileDepth, value_tiles = value_dim / kTileSide, steps = count / kTileDepth;
+    const int64_t portions_before = p.dropout_p > 0 ? 1 : AskBeside::calls(count / kTileSide, kAmxVectors, head_steps);
+    ahead.divide(portions_before + 2 + kAmxVectors + AskBeside::calls(value_tiles, kAmxVectors, steps));
+    AskBeside ask{ahead};
     const TileOperand key_operand{keys.key_rows.data + span.begin * keys.key_rows.stride, keys.key_rows.stride * 2,
                                   kTileDepth * 2};
     const TileOperand query_operand{block.query + offset * head_dim, kAmxLanes * 4, kTileDepth / 2 * kAmxLanes * 4};
     if (p.dropout_p > 0) {
-      add_scores_and_dropout(block, row, keys, span, key_operand, query_operand);
+      ask(1);
+      add_scores_and_dropout(block, row, philox, keys, span, key_operand, query_operand);
     } else {
-      tile_product<false>(count / kTileSide, kAmxVectors, head_dim / kTileDepth, key_operand, query_operand,
-                          block.scores + span.begin * kAmxLanes, kAmxLanes);
+      tile_product_beside<false>(count / kTileSide, kAmxVectors, head_steps, key_operand, query_operand,
+                                 block.scores + span.begin * kAmxLanes, kAmxLanes, ask);
     }
 
     ahead.ask_for_portion();
@@ -256,8 +291,7 @@ struct AmxForward {
     const bool rescaled = settle_maximum(old_maximum, maximum, rescale);
     (p.dropout_p > 0 ? softmax_pairs<true> : softmax_pairs<false>)(span.begin, span.end, factor, block.scores,
                                                                    block.kept, maximum, rescale, block.sum + offset,
-                                                                   block.weights);
-    ahead.ask_for_portion();
+                                                                   block.weights, ahead);
     float* out = block.out + offset * value_dim;
     if (rescaled) {
       for (int64_t i = 0; i < value_dim * kAmxLanes; i += kLanes<float>) {
@@ -266,15 +300,15 @@ struct AmxForward {
     }
     const TileOperand value_operand{keys.values + span.begin, keys.all_keys * 2, kTileDepth * 2};
     const TileOperand weight_operand{block.weights, kAmxLanes * 4, kTileDepth / 2 * kAmxLanes * 4};
-    tile_product<true>(value_dim / kTileSide, kAmxVectors, count / kTileDepth, value_operand, weight_operand, out,
-                       kAmxLanes);
+    tile_product_beside<true>(value_tiles, kAmxVectors, steps, value_operand, weight_operand, out, kAmxLanes, ask);
   }
 
   // The scores, and beside them what dropout keeps: products alone leave the vector units idle.
-  TA_NOINLINE void add_scores_and_dropout(const Block& block, int64_t row, const KeyBlock& keys, const KeySpan& span,
-                                          const TileOperand& key_operand, const TileOperand& query_operand) const {
+  TA_NOINLINE void add_scores_and_dropout(const Block& block, int64_t row, const PhiloxPanel& philox,
+                                          const KeyBlock& keys, const KeySpan& span, const TileOperand& key_operand,
+                                          const TileOperand& query_operand) const {
     const int64_t count = span.end - span.begin, m_tiles = count / kTileSide, steps = head_dim / kTileDepth;
-    DropoutPairs beside(keys.philox, keys.groups, dropout.limit, row, span.begin / Dropout::kKeysPerCall,
+    DropoutPairs beside(philox, keys.groups, dropout.limit, row, span.begin / Dropout::kKeysPerCall,
                         count / Dropout::kKeysPerCall, m_tiles * kAmxVectors * steps, block.kept + span.begin / 2);
     tile_product_beside<false>(m_tiles, kAmxVectors, steps, key_operand, query_operand,
                                block.scores + span.begin * kAmxLanes, kAmxLanes, beside);
