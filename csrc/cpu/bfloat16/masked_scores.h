@@ -121,9 +121,10 @@ TA_NOINLINE inline MaskEffect load_attended_words(const char* first, int64_t row
   return all ? MaskEffect::kNone : MaskEffect::kSome;
 }
 
-// raise_maximum with a boolean mask; the scores that it excludes become −∞.
-TA_NOINLINE inline void raise_attended_maximum(const AttendedWords& words, int64_t begin, int64_t end, float factor,
-                                               float* scores, float* maximum) {
+// The scores that a boolean mask excludes become −∞; with kMaximum, raise_maximum in the same pass.
+template <bool kMaximum>
+TA_NOINLINE void keep_attended(const AttendedWords& words, int64_t begin, int64_t end, float factor, float* scores,
+                               float* maximum) {
   constexpr int n_lanes = kLanes<float>;
   const Vec<float> nothing = splat(-__builtin_inff());
   Vec<float> highest[2][kAmxVectors] = {{nothing, nothing}, {nothing, nothing}};
@@ -141,12 +142,13 @@ TA_NOINLINE inline void raise_attended_maximum(const AttendedWords& words, int64
           const __mmask16 attended = _mm512_test_epi32_mask(lanes[n], bit);
           const Vec<float> score = _mm512_mask_loadu_ps(nothing, attended, place);
           store(place, score);
-          highest[i][n] = max(highest[i][n], score);
+          if constexpr (kMaximum) highest[i][n] = max(highest[i][n], score);
         }
         bit = _mm512_add_epi32(bit, bit);
       }
     }
   }
+  if constexpr (!kMaximum) return;
 #pragma GCC unroll 2
   for (int n = 0; n < kAmxVectors; ++n) {
     float* place = maximum + n * n_lanes;
@@ -183,10 +185,7 @@ class MaskedPanel {
     }
   }
 
-  bool is_boolean() const { return dtype_ == ScalarType::kBool; }
-  const AttendedWords& words() const { return words_; }
-
-  // Scores, divided by factor, become those with the mask, and maximum, if not null, is raised to include them. Returns
+  // Scores, divided by factor, become those with the mask; with kMaximum, maximum is raised to include them. Returns
   // what the scores are divided by then.
   template <bool kMaximum>
   float apply(const KeySpan& span, float factor, float* scores, float* maximum) const {
@@ -196,7 +195,7 @@ class MaskedPanel {
     };
     switch (dtype_) {
       case ScalarType::kBool:
-        raise_attended_maximum(words_, span.begin, span.end, factor, scores, maximum);
+        keep_attended<kMaximum>(words_, span.begin, span.end, factor, scores, maximum);
         return factor;
       case ScalarType::kBFloat16:
         return add.template operator()<BFloat16>();

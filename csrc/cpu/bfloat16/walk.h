@@ -201,8 +201,13 @@ struct AmxWalk {
                           block.lanes / kAmxLanes);
       KeySpan spans[kMaxPanels];
       for (int64_t i = 0; i * kAmxLanes < block.lanes; ++i) {
-        next.prefetch(i);
-        spans[i] = attend(block, stage, i, keys, slope_gradient);
+        RowsAhead ahead;
+        next.add_share(i, ahead);
+        const int64_t then = (i + 1) * kAmxLanes < block.lanes ? (i + 1) * kAmxLanes : 0;
+        add_bias(stage.mask_rows, block.row + then, smaller(kAmxLanes, block.rows - then),
+                 then > 0 ? key : key + keys.keys, keys.keys, ahead);
+        spans[i] = attend(block, stage, i, keys, slope_gradient, ahead);
+        ahead.ask_for_rest();
       }
       if (plan.needs_value) {
         sum_over_rows(block, spans, keys, half_weights, block.grad_pairs, value_dim, plan.value_columns, value_sums);
@@ -217,29 +222,41 @@ struct AmxWalk {
 
   // One panel's weights and gradients with one block of keys, and its grad_query. Returns the keys that it filled in.
   TA_NOINLINE KeySpan attend(const AmxRowBlock& block, const ScoreStage<float>& stage, int64_t panel,
-                             const KeyBlock& keys, float& slope_gradient) {
+                             const KeyBlock& keys, float& slope_gradient, RowsAhead& ahead) {
     const int64_t offset = panel * kAmxLanes, row = block.row + offset, rows = smaller(kAmxLanes, block.rows - offset);
     const KeySpan span = KeySpan::of(stage.band, row, rows, keys.key, keys.all_keys, kTileDepth);
     if (span.empty()) return span;
     uint16_t *panel_weights = half_weights + offset * kAmxKeys, *panel_gradients = half_gradients + offset * kAmxKeys;
     const int64_t count = span.end - span.begin, first = span.begin * kAmxLanes;
     BiasTile<float> bias;
-    if (!load_bias<float, kAmxVectors>(stage, tile.scratch, row, rows, keys.key, span, bias)) {
+    MaskedPanel masked;
+    MaskEffect effect = MaskEffect::kNone;
+    if (MaskedPanel::serves(stage, rows, span)) {
+      effect = masked.load(stage.mask_rows, row, keys.key, span);
+    } else if (!load_bias<float, kAmxVectors>(stage, tile.scratch, row, rows, keys.key, span, bias)) {
+      effect = MaskEffect::kExcludesAll;
+    }
+    if (effect == MaskEffect::kExcludesAll) {
       fill<uint16_t>(panel_weights + first, 0, count * kAmxLanes);
       fill<uint16_t>(panel_gradients + first, 0, count * kAmxLanes);
       return span;
     }
+    const int64_t m_tiles = count / kTileSide;
+    ahead.divide(AskBeside::calls(m_tiles, kAmxVectors, head_dim / kTileDepth) +
+                 (plan.needs_scores ? AskBeside::calls(m_tiles, kAmxVectors, value_dim / kTileDepth) : 0));
+    AskBeside ask{ahead};
     const auto kept =
         kept_tile<float, kAmxVectors>(p, tile.dropout, batch, block.head, row, keys.key, span, tile.scratch.kept);
-    dots(keys.key_rows, block.query + offset * head_dim, head_dim, span, scores);
+    dots(keys.key_rows, block.query + offset * head_dim, head_dim, span, scores, ask);
     float factor = stage.dot_factor();
-    if (stage.changes_elements(bias) || span.has_edges()) {
+    if (effect == MaskEffect::kSome) {
+      factor = masked.apply<false>(span, factor, scores, nullptr);
+    } else if (stage.changes_elements(bias) || span.has_edges()) {
       modify_scores<float, kAmxVectors>(stage, bias, span.has_edges(), row, keys.key, span.begin, span.end, factor,
                                         scores, tile.scratch.derivative, nullptr);
       factor = 1;
     }
-    prefetch_next_bias(stage.mask_rows, block.row, block.rows, offset, kAmxLanes, keys.key, keys.keys);
-    if (plan.needs_scores) dots(keys.value_rows, block.grad_out + offset * value_dim, value_dim, span, gradients);
+    if (plan.needs_scores) dots(keys.value_rows, block.grad_out + offset * value_dim, value_dim, span, gradients, ask);
     if (plan.needs_scores && !plan.needs_slopes && !stage.softcap) {
       (kept.kept != nullptr ? plain_half_tiles<true>
                             : plain_half_tiles<false>)(span.begin, span.end, factor, scores, gradients,
@@ -261,11 +278,11 @@ struct AmxWalk {
   }
 
   // out[key][lane] = rows[key] · panel[lane] for the keys of span.
-  static void dots(HalfRows rows, const uint16_t* panel, int64_t dim, const KeySpan& span, float* out) {
+  static void dots(HalfRows rows, const uint16_t* panel, int64_t dim, const KeySpan& span, float* out, AskBeside& ask) {
     const TileOperand row_operand{rows.data + span.begin * rows.stride, rows.stride * 2, kTileDepth * 2};
     const TileOperand panel_operand{panel, kAmxLanes * 4, kTileDepth / 2 * kAmxLanes * 4};
-    tile_product<false>((span.end - span.begin) / kTileSide, kAmxVectors, dim / kTileDepth, row_operand, panel_operand,
-                        out + span.begin * kAmxLanes, kAmxLanes);
+    tile_product_beside<false>((span.end - span.begin) / kTileSide, kAmxVectors, dim / kTileDepth, row_operand,
+                               panel_operand, out + span.begin * kAmxLanes, kAmxLanes, ask);
   }
 
   // sums[key][column] += Σ_row tiles[key][row] · rows[row][column], for each group of keys over the panels that attend
