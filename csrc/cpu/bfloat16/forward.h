@@ -1,5 +1,6 @@
-// The forward pass for bfloat16: the same walk over the keys as ../forward.h, whose comments apply, with the products
-// of tiles.h. Weights are rounded to bfloat16 for the second product, their sum is not. Included by kernels.h.
+// The forward pass by products of bfloat16: the same walk over the keys as ../forward.h, whose comments apply, with the
+// products of tiles.h. Weights are rounded to bfloat16, or split (pieces.h), for the second product; their sum is not.
+// Included by kernels.h.
 #pragma once
 
 #include "../forward.h"
@@ -36,28 +37,29 @@ TA_NOINLINE inline void raise_maximum(int64_t begin, int64_t end, float factor, 
   }
 }
 
-// Scores (divided by factor) become weights, stored as the pairs of a B operand that starts at key begin; sum is
-// brought up to date. kept is DropoutPairs'.
-template <bool kDropout>
+// Scores (divided by factor) become weights, stored as the pairs of a B operand that starts at key begin and has pieces
+// of kAmxKeys keys; sum is brought up to date. kept is DropoutPairs'.
+template <class Stored, bool kDropout>
 TA_NOINLINE void softmax_pairs(int64_t begin, int64_t end, float factor, const float* scores, const uint32_t* kept,
                                const float* maximum, const float* rescale, float* sum, uint16_t* pairs) {
   using Math = VectorMath<float>;
   constexpr int n_lanes = kLanes<float>;
+  constexpr int64_t kPieceStride = kAmxKeys * kAmxLanes;
 #pragma GCC unroll 2
   for (int n = 0; n < kAmxVectors; ++n) {
     const Vec<float> subtracted = OnlineSoftmax<Math>::safe_maximum(load(maximum + n * n_lanes));
     Vec<float> even_sum{}, odd_sum{};
     for (int64_t j = begin; j < end; j += 2) {
       const int64_t place = j * kAmxLanes + n * n_lanes;
-      const Vec<float> even = exp_for_half(load(scores + place) * factor - subtracted);
-      const Vec<float> odd = exp_for_half(load(scores + place + kAmxLanes) * factor - subtracted);
+      const Vec<float> even = exp_for<Stored>(load(scores + place) * factor - subtracted);
+      const Vec<float> odd = exp_for<Stored>(load(scores + place + kAmxLanes) * factor - subtracted);
       even_sum += even;
       odd_sum += odd;
       uint16_t* to = pairs + (j - begin) * kAmxLanes + 2 * n * n_lanes;
       if constexpr (kDropout) {
-        store_pairs(to, even, odd, kept[(n * kAmxKeys + j) / 2]);
+        store_pairs<Stored>(to, kPieceStride, even, odd, kept[(n * kAmxKeys + j) / 2]);
       } else {
-        store_pairs(to, even, odd);
+        store_pairs<Stored>(to, kPieceStride, even, odd);
       }
     }
     float* total = sum + n * n_lanes;
@@ -82,7 +84,10 @@ TA_INLINE bool settle_maximum(const float* old_maximum, float* maximum, float* r
   return changed;
 }
 
+template <class Stored>
 struct AmxForward {
+  static constexpr int kPieces = kPiecesOf<Stored>;
+
   const AttentionProblem& p;
   const ForwardOutputs& outputs;
   Dropout dropout;
@@ -119,7 +124,7 @@ struct AmxForward {
   struct KeyBlock {
     int64_t key, keys, all_keys;  // all_keys: with padding
     HalfRows key_rows;
-    const uint16_t* values;  // [value_dim][all_keys]
+    HalfRows values;  // [value_dim][all_keys]
     const PhiloxPanel& philox;
     const PhiloxPanel::Groups& groups;  // with dropout
   };
@@ -137,7 +142,7 @@ struct AmxForward {
     const int64_t packed_values = round_up(p.value_dim, kTileDepth);
     constexpr int64_t tile = kAmxKeys * kAmxLanes;
 
-    block.query = scratch.take<uint16_t>(block.lanes * head_dim);
+    block.query = scratch.take<uint16_t>(kPieces * block.lanes * head_dim);
     block.out = scratch.take<float>(block.lanes * value_dim);
     for (float** array : {&block.maximum, &block.old_maximum, &block.sum, &block.rescale}) {
       *array = scratch.take<float>(block.lanes);
@@ -146,11 +151,11 @@ struct AmxForward {
     block.kept = scratch.take<uint32_t>(p.dropout_p > 0 ? kAmxKeys / 2 * kAmxVectors : 0);
     block.bias = scratch.take<float>(stage.mask ? tile : 0);
     block.staging = scratch.take<float>(stage.mask ? tile : 0);
-    block.weights = scratch.take<uint16_t>(tile);
-    auto* key_scratch = scratch.take<uint16_t>(kAmxKeys * head_dim);
-    auto* value_scratch = scratch.take<uint16_t>(kAmxKeys * packed_values);
+    block.weights = scratch.take<uint16_t>(kPieces * tile);
+    auto* key_scratch = scratch.take<uint16_t>(kPieces * kAmxKeys * head_dim);
+    auto* value_scratch = scratch.take<uint16_t>(kPieces * kAmxKeys * packed_values);
     auto* value_pairs = scratch.take<uint16_t>(kAmxKeys * packed_values);
-    auto* values = scratch.take<uint16_t>(kAmxKeys * packed_values);
+    auto* values = scratch.take<uint16_t>(kPieces * kAmxKeys * packed_values);
 
     load_query(block, scratch);
     start(block);
@@ -167,14 +172,18 @@ struct AmxForward {
         if (!load_bias_per_key(stage.mask_rows, key, keys, block.bias, bias)) continue;
       }
       const HalfRows key_rows =
-          half_rows(p.key, block.batch, kv_head, key, keys, p.head_dim, all_keys, head_dim, key_scratch);
-      const HalfRows value_rows =
-          half_rows(p.value, block.batch, kv_head, key, keys, p.value_dim, all_keys, packed_values, value_scratch);
-      transpose_rows(values, value_rows, all_keys, packed_values, value_pairs);
+          half_rows<Stored>(p.key, block.batch, kv_head, key, keys, p.head_dim, all_keys, head_dim, key_scratch);
+      const HalfRows value_rows = half_rows<Stored>(p.value, block.batch, kv_head, key, keys, p.value_dim, all_keys,
+                                                    packed_values, value_scratch);
+      for (int piece = 0; piece < kPieces; ++piece) {
+        transpose_rows(values + piece * all_keys * packed_values, value_rows.piece(piece), all_keys, packed_values,
+                       value_pairs);
+      }
       if (p.dropout_p > 0) {
         philox.groups(key / Dropout::kKeysPerCall, all_keys / Dropout::kKeysPerCall, groups);
       }
-      const KeyBlock key_block{key, keys, all_keys, key_rows, values, philox, groups};
+      const KeyBlock key_block{key,    keys,  all_keys, key_rows, {values, all_keys, all_keys * packed_values},
+                               philox, groups};
       const int64_t panels = block.lanes / kAmxLanes;
       const NextRows next(p, block.batch, kv_head, key + keys, key_block_size, range.end - key - keys, panels);
       for (int64_t i = 0; i < panels; ++i) {
@@ -192,12 +201,14 @@ struct AmxForward {
   }
 
   void load_query(const Block& block, Scratch& scratch) const {
-    auto* memory = scratch.take<uint16_t>(block.rows * head_dim);
-    const HalfRows rows =
-        half_rows(p.query, block.batch, block.head, block.row, block.rows, p.head_dim, block.rows, head_dim, memory);
+    auto* memory = scratch.take<uint16_t>(kPieces * block.rows * head_dim);
+    const HalfRows rows = half_rows<Stored>(p.query, block.batch, block.head, block.row, block.rows, p.head_dim,
+                                            block.rows, head_dim, memory);
     for (int64_t offset = 0; offset < block.lanes; offset += kAmxLanes) {
-      pack_pairs(block.query + offset * head_dim, kAmxLanes, {rows.data + offset * rows.stride, rows.stride},
-                 block.rows - offset, head_dim);
+      for (int piece = 0; piece < kPieces; ++piece) {
+        pack_pairs(block.query + piece * block.lanes * head_dim + offset * head_dim, kAmxLanes,
+                   rows.piece(piece).from_row(offset), block.rows - offset, head_dim);
+      }
     }
   }
 
@@ -222,14 +233,14 @@ struct AmxForward {
     }
     const int64_t count = span.end - span.begin;
     ahead.ask_for_portion();
-    const TileOperand key_operand{keys.key_rows.data + span.begin * keys.key_rows.stride, keys.key_rows.stride * 2,
-                                  kTileDepth * 2};
-    const TileOperand query_operand{block.query + offset * head_dim, kAmxLanes * 4, kTileDepth / 2 * kAmxLanes * 4};
+    const TileOperand key_operand = keys.key_rows.operand(span.begin, 0);
+    const TileOperand query_operand{block.query + offset * head_dim, kAmxLanes * 4, kTileDepth / 2 * kAmxLanes * 4,
+                                    block.lanes * head_dim * 2};
     if (p.dropout_p > 0) {
       add_scores_and_dropout(block, row, keys, span, key_operand, query_operand);
     } else {
-      tile_product<false>(count / kTileSide, kAmxVectors, head_dim / kTileDepth, key_operand, query_operand,
-                          block.scores + span.begin * kAmxLanes, kAmxLanes);
+      tile_product<false, kDots<Stored>>(count / kTileSide, kAmxVectors, head_dim / kTileDepth, key_operand,
+                                         query_operand, block.scores + span.begin * kAmxLanes, kAmxLanes);
     }
 
     ahead.ask_for_portion();
@@ -246,9 +257,9 @@ struct AmxForward {
     }
     ahead.ask_for_portion();
     const bool rescaled = settle_maximum(old_maximum, maximum, rescale);
-    (p.dropout_p > 0 ? softmax_pairs<true> : softmax_pairs<false>)(span.begin, span.end, factor, block.scores,
-                                                                   block.kept, maximum, rescale, block.sum + offset,
-                                                                   block.weights);
+    (p.dropout_p > 0 ? softmax_pairs<Stored, true>
+                     : softmax_pairs<Stored, false>)(span.begin, span.end, factor, block.scores, block.kept, maximum,
+                                                     rescale, block.sum + offset, block.weights);
     ahead.ask_for_portion();
     float* out = block.out + offset * value_dim;
     if (rescaled) {
@@ -256,10 +267,11 @@ struct AmxForward {
         store(out + i, load(out + i) * load(rescale + i % kAmxLanes));
       }
     }
-    const TileOperand value_operand{keys.values + span.begin, keys.all_keys * 2, kTileDepth * 2};
-    const TileOperand weight_operand{block.weights, kAmxLanes * 4, kTileDepth / 2 * kAmxLanes * 4};
-    tile_product<true>(value_dim / kTileSide, kAmxVectors, count / kTileDepth, value_operand, weight_operand, out,
-                       kAmxLanes);
+    const TileOperand value_operand = keys.values.operand(0, span.begin);
+    const TileOperand weight_operand{block.weights, kAmxLanes * 4, kTileDepth / 2 * kAmxLanes * 4,
+                                     kAmxKeys * kAmxLanes * 2};
+    tile_product<true, kSums<Stored>>(value_dim / kTileSide, kAmxVectors, count / kTileDepth, value_operand,
+                                      weight_operand, out, kAmxLanes);
   }
 
   // The scores, and beside them what dropout keeps: products alone leave the vector units idle.
@@ -267,9 +279,10 @@ struct AmxForward {
                                           const TileOperand& key_operand, const TileOperand& query_operand) const {
     const int64_t count = span.end - span.begin, m_tiles = count / kTileSide, steps = head_dim / kTileDepth;
     DropoutPairs beside(keys.philox, keys.groups, dropout.limit, row, span.begin / Dropout::kKeysPerCall,
-                        count / Dropout::kKeysPerCall, m_tiles * kAmxVectors * steps, block.kept + span.begin / 2);
-    tile_product_beside<false>(m_tiles, kAmxVectors, steps, key_operand, query_operand,
-                               block.scores + span.begin * kAmxLanes, kAmxLanes, beside);
+                        count / Dropout::kKeysPerCall, m_tiles * kAmxVectors * steps * kDots<Stored>.count(),
+                        block.kept + span.begin / 2);
+    tile_product_beside<false, kDots<Stored>>(m_tiles, kAmxVectors, steps, key_operand, query_operand,
+                                              block.scores + span.begin * kAmxLanes, kAmxLanes, beside);
     beside.finish();
   }
 
