@@ -23,9 +23,34 @@ class TileSession {
   TileSession& operator=(const TileSession&) = delete;
 };
 
+// One tile depth of tile_block: piece product kNumber and those after it.
+template <PieceProducts kProducts, int kM, int kN, int kNumber = 0, class Beside>
+TA_INLINE void multiply_tiles(const TileOperand& a, int64_t a_offset, const TileOperand& b, int64_t b_offset,
+                              int64_t step, Beside& beside) {
+  constexpr PieceProducts::Pair now = kProducts[kNumber];
+  constexpr auto before = kNumber > 0 ? kProducts[kNumber - 1] : PieceProducts::Pair{-1, -1};
+  constexpr bool new_a = now.a != before.a, new_b = now.b != before.b;
+  if constexpr (new_a) _tile_loadd(4, a.tile(step, a_offset, now.a), a.row_bytes);
+  if constexpr (new_b) _tile_loadd(6, b.tile(step, b_offset, now.b), b.row_bytes);
+  _tile_dpbf16ps(0, 4, 6);
+  if constexpr (kN == 2) {
+    if constexpr (new_b) _tile_loadd(7, b.tile(step, b_offset + 64, now.b), b.row_bytes);
+    _tile_dpbf16ps(1, 4, 7);
+  }
+  if constexpr (kM == 2) {
+    if constexpr (new_a) _tile_loadd(5, a.tile(step, a_offset + kTileSide * a.row_bytes, now.a), a.row_bytes);
+    _tile_dpbf16ps(2, 5, 6);
+    if constexpr (kN == 2) _tile_dpbf16ps(3, 5, 7);
+  }
+  beside(kM * kN);
+  if constexpr (kNumber + 1 < kProducts.count()) {
+    multiply_tiles<kProducts, kM, kN, kNumber + 1>(a, a_offset, b, b_offset, step, beside);
+  }
+}
+
 // kM × kN (each 1 or 2) tiles of C. C's tiles are 0 … 3, A's 4 and 5, B's 6 and 7. beside(tiles) is called after each
 // step's products, of which there are `tiles`: for 16 cycles each, the vector units have nothing to do.
-template <int kM, int kN, bool kAccumulate, class Beside>
+template <PieceProducts kProducts, int kM, int kN, bool kAccumulate, class Beside>
 TA_INLINE void tile_block(int64_t steps, const TileOperand& a, int64_t m, const TileOperand& b, int64_t n, float* c,
                           int64_t c_stride, Beside& beside) {
   const int64_t c_bytes = c_stride * 4;
@@ -41,29 +66,23 @@ TA_INLINE void tile_block(int64_t steps, const TileOperand& a, int64_t m, const 
     if constexpr (kM == 2) _tile_zero(2);
     if constexpr (kM == 2 && kN == 2) _tile_zero(3);
   }
-  for (int64_t step = 0; step < steps; ++step) {
-    _tile_loadd(4, a.tile(step, m * kTileSide * a.row_bytes), a.row_bytes);
-    _tile_loadd(6, b.tile(step, n * 64), b.row_bytes);
-    _tile_dpbf16ps(0, 4, 6);
-    if constexpr (kN == 2) {
-      _tile_loadd(7, b.tile(step, n * 64 + 64), b.row_bytes);
-      _tile_dpbf16ps(1, 4, 7);
-    }
-    if constexpr (kM == 2) {
-      _tile_loadd(5, a.tile(step, (m + 1) * kTileSide * a.row_bytes), a.row_bytes);
-      _tile_dpbf16ps(2, 5, 6);
-      if constexpr (kN == 2) _tile_dpbf16ps(3, 5, 7);
-    }
-    beside(kM * kN);
-  }
+  for (int64_t step = 0; step < steps; ++step)
+    multiply_tiles<kProducts, kM, kN>(a, m * kTileSide * a.row_bytes, b, n * 64, step, beside);
   _tile_stored(0, c, c_bytes);
   if constexpr (kN == 2) _tile_stored(1, c + kTileSide, c_bytes);
   if constexpr (kM == 2) _tile_stored(2, c1, c_bytes);
   if constexpr (kM == 2 && kN == 2) _tile_stored(3, c1 + kTileSide, c_bytes);
 }
 
-// c = a · b, or c += a · b, for m_tiles × n_tiles tiles of c and a sum over `steps` tile depths.
-template <bool kAccumulate, class Beside>
+// How often tile_product_beside calls beside.
+template <PieceProducts kProducts>
+TA_INLINE int64_t calls_beside(int64_t m_tiles, int64_t n_tiles, int64_t steps) {
+  return (m_tiles + 1) / 2 * ((n_tiles + 1) / 2) * steps * kProducts.count();
+}
+
+// c = a · b, or c += a · b, for m_tiles × n_tiles tiles of c and a sum over `steps` tile depths of numbers in
+// pieces.
+template <bool kAccumulate, PieceProducts kProducts, class Beside>
 TA_INLINE void tile_product_beside(int64_t m_tiles, int64_t n_tiles, int64_t steps, TileOperand a, TileOperand b,
                                    float* c, int64_t c_stride, Beside& beside) {
   // GCC's tile intrinsics do not tell the compiler that they read and write memory.
@@ -74,24 +93,24 @@ TA_INLINE void tile_product_beside(int64_t m_tiles, int64_t n_tiles, int64_t ste
       const bool two_rows = m + 1 < m_tiles;
       float* place = c + m * kTileSide * c_stride + n * kTileSide;
       if (two_rows && two_columns) {
-        tile_block<2, 2, kAccumulate>(steps, a, m, b, n, place, c_stride, beside);
+        tile_block<kProducts, 2, 2, kAccumulate>(steps, a, m, b, n, place, c_stride, beside);
       } else if (two_columns) {
-        tile_block<1, 2, kAccumulate>(steps, a, m, b, n, place, c_stride, beside);
+        tile_block<kProducts, 1, 2, kAccumulate>(steps, a, m, b, n, place, c_stride, beside);
       } else if (two_rows) {
-        tile_block<2, 1, kAccumulate>(steps, a, m, b, n, place, c_stride, beside);
+        tile_block<kProducts, 2, 1, kAccumulate>(steps, a, m, b, n, place, c_stride, beside);
       } else {
-        tile_block<1, 1, kAccumulate>(steps, a, m, b, n, place, c_stride, beside);
+        tile_block<kProducts, 1, 1, kAccumulate>(steps, a, m, b, n, place, c_stride, beside);
       }
     }
   }
   asm volatile("" ::: "memory");
 }
 
-template <bool kAccumulate>
+template <bool kAccumulate, PieceProducts kProducts = kOneProduct>
 TA_NOINLINE void tile_product(int64_t m_tiles, int64_t n_tiles, int64_t steps, TileOperand a, TileOperand b, float* c,
                               int64_t c_stride) {
   NothingBeside nothing;
-  tile_product_beside<kAccumulate>(m_tiles, n_tiles, steps, a, b, c, c_stride, nothing);
+  tile_product_beside<kAccumulate, kProducts>(m_tiles, n_tiles, steps, a, b, c, c_stride, nothing);
 }
 
 }  // namespace torch_attn::cpu::TORCH_ATTN_ISA

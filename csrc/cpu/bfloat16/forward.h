@@ -1,5 +1,6 @@
-// The forward pass for bfloat16: the same walk over the keys as ../forward.h, whose comments apply, with the products
-// of tiles.h. Weights are rounded to bfloat16 for the second product, their sum is not. Included by kernels.h.
+// The forward pass by products of bfloat16: the same walk over the keys as ../forward.h, whose comments apply, with the
+// products of tiles.h. Weights are rounded to bfloat16, or split (pieces.h), for the second product; their sum is not.
+// Included by kernels.h.
 #pragma once
 
 #include "../forward.h"
@@ -13,18 +14,37 @@ constexpr int64_t kAmxRows = 512;
 
 // A panel walks over so many bytes of keys and values before the next one does. A mask's rows are then read in pieces
 // long enough for memory: with one block of keys at a time, masks cost 1.4 (float) to 3 times (boolean, 8192 keys) as
-// much. Twice as many bytes gain 3 % more there, and lose 1 % without a mask at head_dim 128.
+// much. Twice as many bytes gain 3 % more there, and lose 1 % without a mask at head_dim 128. One block at a time is 1
+// to 4 % slower without a mask in bfloat16, but 2 % faster in float32, whose keys and values are three pieces each.
 constexpr int64_t kSpanBytes = 256 * 1024;
 
-// Asks for rows beside a tile product. In larger portions they would wait for each other, and the products after them.
-struct AskBeside {
-  RowsAhead& ahead;
+// Asks for rows beside tile products: in larger portions rows would wait for each other, and the products after them.
+// Products of numbers in pieces take so long that they ask once; beside each, float32 would be 3 % slower.
+template <class Stored>
+class AskBeside {
+ public:
+  TA_INLINE AskBeside(RowsAhead& ahead) : ahead_(ahead) {}
 
-  TA_NOINLINE void operator()(int64_t) { ahead.ask_for_portion(); }
-  // How often a product calls it.
-  static TA_INLINE int64_t calls(int64_t m_tiles, int64_t n_tiles, int64_t steps) {
-    return (m_tiles + 1) / 2 * ((n_tiles + 1) / 2) * steps;
+  template <bool kAccumulate, PieceProducts kProducts>
+  TA_NOINLINE void product(int64_t m_tiles, int64_t n_tiles, int64_t steps, TileOperand a, TileOperand b, float* c,
+                           int64_t c_stride) {
+    if constexpr (kPiecesOf<Stored> == 1) {
+      tile_product_beside<kAccumulate, kProducts>(m_tiles, n_tiles, steps, a, b, c, c_stride, *this);
+    } else {
+      ask();
+      tile_product<kAccumulate, kProducts>(m_tiles, n_tiles, steps, a, b, c, c_stride);
+    }
   }
+  // How many portions a product asks for.
+  static TA_INLINE int64_t portions(int64_t m_tiles, int64_t n_tiles, int64_t steps) {
+    return kPiecesOf<Stored> == 1 ? calls_beside<kOneProduct>(m_tiles, n_tiles, steps) : 1;
+  }
+
+  TA_INLINE void operator()(int64_t) { ask(); }
+  TA_NOINLINE void ask() { ahead_.ask_for_portion(); }
+
+ private:
+  RowsAhead& ahead_;
 };
 
 // Keys per block. Measured on an Intel Xeon with AMX: 64 is 5 to 10 % faster than 128 at head_dim 64, whose tiles then
@@ -50,34 +70,36 @@ TA_NOINLINE inline void raise_maximum(int64_t begin, int64_t end, float factor, 
   }
 }
 
-// Scores (divided by factor) become weights, stored as the pairs of a B operand that starts at key begin; sum is
-// brought up to date. kept is DropoutPairs'.
-template <bool kDropout>
+// Scores (divided by factor) become weights, stored as the pairs of a B operand that starts at key begin and has pieces
+// of kAmxKeys keys; sum is brought up to date. kept is DropoutPairs'. ask, if it is not
+// null, asks after each vector of lanes.
+template <class Stored, bool kDropout>
 TA_NOINLINE void softmax_pairs(int64_t begin, int64_t end, float factor, const float* scores, const uint32_t* kept,
                                const float* maximum, const float* rescale, float* sum, uint16_t* pairs,
-                               RowsAhead& ahead) {
+                               AskBeside<Stored>* ask = nullptr) {
   using Math = VectorMath<float>;
   constexpr int n_lanes = kLanes<float>;
+  constexpr int64_t kPieceStride = kAmxKeys * kAmxLanes;
 #pragma GCC unroll 2
   for (int n = 0; n < kAmxVectors; ++n) {
     const Vec<float> subtracted = OnlineSoftmax<Math>::safe_maximum(load(maximum + n * n_lanes));
     Vec<float> even_sum{}, odd_sum{};
     for (int64_t j = begin; j < end; j += 2) {
       const int64_t place = j * kAmxLanes + n * n_lanes;
-      const Vec<float> even = exp_for_half(load(scores + place) * factor - subtracted);
-      const Vec<float> odd = exp_for_half(load(scores + place + kAmxLanes) * factor - subtracted);
+      const Vec<float> even = exp_for<Stored>(load(scores + place) * factor - subtracted);
+      const Vec<float> odd = exp_for<Stored>(load(scores + place + kAmxLanes) * factor - subtracted);
       even_sum += even;
       odd_sum += odd;
       uint16_t* to = pairs + (j - begin) * kAmxLanes + 2 * n * n_lanes;
       if constexpr (kDropout) {
-        store_pairs(to, even, odd, kept[(n * kAmxKeys + j) / 2]);
+        store_pairs<Stored>(to, kPieceStride, even, odd, kept[(n * kAmxKeys + j) / 2]);
       } else {
-        store_pairs(to, even, odd);
+        store_pairs<Stored>(to, kPieceStride, even, odd);
       }
     }
     float* total = sum + n * n_lanes;
     store(total, load(total) * load(rescale + n * n_lanes) + (even_sum + odd_sum));
-    ahead.ask_for_portion();
+    if (ask != nullptr) ask->ask();
   }
 }
 
@@ -98,7 +120,11 @@ TA_INLINE bool settle_maximum(const float* old_maximum, float* maximum, float* r
   return changed;
 }
 
+template <class Stored>
 struct AmxForward {
+  static constexpr int kPieces = kPiecesOf<Stored>;
+  using Ask = AskBeside<Stored>;
+
   const AttentionProblem& p;
   const ForwardOutputs& outputs;
   Dropout dropout;
@@ -135,14 +161,14 @@ struct AmxForward {
   struct KeyBlock {
     int64_t key, keys, all_keys;  // all_keys: with padding
     HalfRows key_rows;
-    uint16_t* values;            // [value_dim][all_keys]
+    HalfRows values;             // [value_dim][all_keys]
     BiasTile<float> bias;        // of a mask that has one number for each key
     PhiloxPanel::Groups groups;  // with dropout
-    uint16_t* key_scratch;
-    float* bias_scratch;
+    uint16_t *key_scratch, *value_memory;
+    float* bias_memory;
   };
 
-  static constexpr int64_t kMostKeyBlocks = 32;
+  static constexpr int64_t kMostKeyBlocks = 16;
 
   void run(int64_t item, Scratch& scratch) const {
     const TileSession session;
@@ -157,7 +183,7 @@ struct AmxForward {
     const int64_t packed_values = round_up(p.value_dim, kTileDepth);
     constexpr int64_t tile = kAmxKeys * kAmxLanes;
 
-    block.query = scratch.take<uint16_t>(block.lanes * head_dim);
+    block.query = scratch.take<uint16_t>(kPieces * block.lanes * head_dim);
     block.out = scratch.take<float>(block.lanes * value_dim);
     for (float** array : {&block.maximum, &block.old_maximum, &block.sum, &block.rescale}) {
       *array = scratch.take<float>(block.lanes);
@@ -166,16 +192,19 @@ struct AmxForward {
     block.kept = scratch.take<uint32_t>(p.dropout_p > 0 ? kAmxKeys / 2 * kAmxVectors : 0);
     block.bias = scratch.take<float>(stage.mask ? tile : 0);
     block.staging = scratch.take<float>(stage.mask ? tile : 0);
-    block.weights = scratch.take<uint16_t>(tile);
-    const int64_t key_block_size = amx_key_block(p), key_bytes = (head_dim + packed_values) * sizeof(uint16_t);
-    const int64_t most = larger<int64_t>(1, smaller(kMostKeyBlocks, kSpanBytes / (key_bytes * key_block_size)));
-    auto* value_scratch = scratch.take<uint16_t>(kAmxKeys * packed_values);
+    block.weights = scratch.take<uint16_t>(kPieces * tile);
+    auto* value_scratch = scratch.take<uint16_t>(kPieces * kAmxKeys * packed_values);
     auto* value_pairs = scratch.take<uint16_t>(kAmxKeys * packed_values);
+    const int64_t key_block_size = amx_key_block(p);
+    const int64_t block_bytes = kPieces * key_block_size * (head_dim + packed_values) * 2;
+    const bool reads_mask = stage.mask && !stage.mask_is_per_key();
+    const int64_t most = kPieces < 3 || reads_mask ? smaller(kMostKeyBlocks, kSpanBytes / block_bytes) : 0;
+    const int64_t most_blocks = larger<int64_t>(most, 1);
     KeyBlock key_blocks[kMostKeyBlocks];
-    for (int64_t i = 0; i < most; ++i) {
-      key_blocks[i].key_scratch = scratch.take<uint16_t>(key_block_size * head_dim);
-      key_blocks[i].values = scratch.take<uint16_t>(key_block_size * packed_values);
-      key_blocks[i].bias_scratch = scratch.take<float>(stage.mask_is_per_key() ? key_block_size : 0);
+    for (int64_t i = 0; i < most_blocks; ++i) {
+      key_blocks[i].key_scratch = scratch.take<uint16_t>(kPieces * key_block_size * head_dim);
+      key_blocks[i].value_memory = scratch.take<uint16_t>(kPieces * key_block_size * packed_values);
+      key_blocks[i].bias_memory = scratch.take<float>(stage.mask_is_per_key() ? key_block_size : 0);
     }
 
     load_query(block, scratch);
@@ -184,7 +213,7 @@ struct AmxForward {
     const PhiloxPanel philox(dropout, p.dropout_batch_head(block.batch, block.head));
     // Groups of keys that share random bits are not torn.
     const int64_t first_key = p.dropout_p > 0 ? round_down(range.begin, Dropout::kKeysPerCall) : range.begin;
-    const int64_t panels = block.lanes / kAmxLanes, span_keys = most * key_block_size;
+    const int64_t panels = block.lanes / kAmxLanes, span_keys = most_blocks * key_block_size;
     for (int64_t begin = first_key; begin < range.end; begin += span_keys) {
       const int64_t end = smaller(begin + span_keys, range.end);
       int64_t count = 0;
@@ -194,14 +223,18 @@ struct AmxForward {
         keys.all_keys = round_up(keys.keys, kTileDepth);
         keys.bias = {};
         if (stage.mask_is_per_key() &&
-            !load_bias_per_key(stage.mask_rows, key, keys.keys, keys.bias_scratch, keys.bias)) {
+            !load_bias_per_key(stage.mask_rows, key, keys.keys, keys.bias_memory, keys.bias)) {
           continue;
         }
-        keys.key_rows = half_rows(p.key, block.batch, kv_head, key, keys.keys, p.head_dim, keys.all_keys, head_dim,
-                                  keys.key_scratch);
-        const HalfRows value_rows = half_rows(p.value, block.batch, kv_head, key, keys.keys, p.value_dim, keys.all_keys,
-                                              packed_values, value_scratch);
-        transpose_rows(keys.values, value_rows, keys.all_keys, packed_values, value_pairs);
+        keys.key_rows = half_rows<Stored>(p.key, block.batch, kv_head, key, keys.keys, p.head_dim, keys.all_keys,
+                                          head_dim, keys.key_scratch);
+        const HalfRows value_rows = half_rows<Stored>(p.value, block.batch, kv_head, key, keys.keys, p.value_dim,
+                                                      keys.all_keys, packed_values, value_scratch);
+        keys.values = {keys.value_memory, keys.all_keys, keys.all_keys * packed_values};
+        for (int piece = 0; piece < kPieces; ++piece) {
+          transpose_rows(keys.value_memory + piece * keys.values.piece_stride, value_rows.piece(piece), keys.all_keys,
+                         packed_values, value_pairs);
+        }
         if (p.dropout_p > 0) {
           philox.groups(key / Dropout::kKeysPerCall, keys.all_keys / Dropout::kKeysPerCall, keys.groups);
         }
@@ -209,13 +242,12 @@ struct AmxForward {
       }
       const NextRows next(p, block.batch, kv_head, end, span_keys, range.end - end, panels * count);
       for (int64_t i = 0; i < panels * count; ++i) {
-        const int64_t panel = i / count, then = (i + 1) / count;
+        const int64_t then = (i + 1) / count, offset = then < panels ? then * kAmxLanes : 0;  // of the next panel
         RowsAhead ahead;
         next.add_share(i, ahead);
-        const int64_t offset = then < panels ? then * kAmxLanes : 0;
         add_bias(stage.mask_rows, block.row + offset, smaller(kAmxLanes, block.rows - offset),
                  then < panels ? key_blocks[(i + 1) % count].key : end, key_block_size, ahead);
-        add_keys(block, panel * kAmxLanes, stage, philox, key_blocks[i % count], ahead);
+        add_keys(block, i / count * kAmxLanes, stage, philox, key_blocks[i % count], ahead);
         ahead.ask_for_rest();
       }
     }
@@ -223,12 +255,14 @@ struct AmxForward {
   }
 
   void load_query(const Block& block, Scratch& scratch) const {
-    auto* memory = scratch.take<uint16_t>(block.rows * head_dim);
-    const HalfRows rows =
-        half_rows(p.query, block.batch, block.head, block.row, block.rows, p.head_dim, block.rows, head_dim, memory);
+    auto* memory = scratch.take<uint16_t>(kPieces * block.rows * head_dim);
+    const HalfRows rows = half_rows<Stored>(p.query, block.batch, block.head, block.row, block.rows, p.head_dim,
+                                            block.rows, head_dim, memory);
     for (int64_t offset = 0; offset < block.lanes; offset += kAmxLanes) {
-      pack_pairs(block.query + offset * head_dim, kAmxLanes, {rows.data + offset * rows.stride, rows.stride},
-                 block.rows - offset, head_dim);
+      for (int piece = 0; piece < kPieces; ++piece) {
+        pack_pairs(block.query + piece * block.lanes * head_dim + offset * head_dim, kAmxLanes,
+                   rows.piece(piece).from_row(offset), block.rows - offset, head_dim);
+      }
     }
   }
 
@@ -258,19 +292,20 @@ struct AmxForward {
       return;
     }
     const int64_t count = span.end - span.begin;
-    const int64_t head_steps = head_dim / kTileDepth, value_tiles = value_dim / kTileSide, steps = count / kTileDepth;
-    const int64_t portions_before = p.dropout_p > 0 ? 1 : AskBeside::calls(count / kTileSide, kAmxVectors, head_steps);
-    ahead.divide(portions_before + 2 + kAmxVectors + AskBeside::calls(value_tiles, kAmxVectors, steps));
-    AskBeside ask{ahead};
-    const TileOperand key_operand{keys.key_rows.data + span.begin * keys.key_rows.stride, keys.key_rows.stride * 2,
-                                  kTileDepth * 2};
-    const TileOperand query_operand{block.query + offset * head_dim, kAmxLanes * 4, kTileDepth / 2 * kAmxLanes * 4};
+    const int64_t score_tiles = count / kTileSide, head_steps = head_dim / kTileDepth;
+    const int64_t value_tiles = value_dim / kTileSide, steps = count / kTileDepth;
+    ahead.divide((p.dropout_p > 0 ? 1 : Ask::portions(score_tiles, kAmxVectors, head_steps)) + 2 + kAmxVectors +
+                 Ask::portions(value_tiles, kAmxVectors, steps));
+    Ask ask(ahead);
+    const TileOperand key_operand = keys.key_rows.operand(span.begin, 0);
+    const TileOperand query_operand{block.query + offset * head_dim, kAmxLanes * 4, kTileDepth / 2 * kAmxLanes * 4,
+                                    block.lanes * head_dim * 2};
     if (p.dropout_p > 0) {
-      ask(1);
+      ask.ask();
       add_scores_and_dropout(block, row, philox, keys, span, key_operand, query_operand);
     } else {
-      tile_product_beside<false>(count / kTileSide, kAmxVectors, head_steps, key_operand, query_operand,
-                                 block.scores + span.begin * kAmxLanes, kAmxLanes, ask);
+      ask.template product<false, kDots<Stored>>(score_tiles, kAmxVectors, head_steps, key_operand, query_operand,
+                                                 block.scores + span.begin * kAmxLanes, kAmxLanes);
     }
 
     ahead.ask_for_portion();
@@ -289,18 +324,20 @@ struct AmxForward {
     }
     ahead.ask_for_portion();
     const bool rescaled = settle_maximum(old_maximum, maximum, rescale);
-    (p.dropout_p > 0 ? softmax_pairs<true> : softmax_pairs<false>)(span.begin, span.end, factor, block.scores,
-                                                                   block.kept, maximum, rescale, block.sum + offset,
-                                                                   block.weights, ahead);
+    (p.dropout_p > 0 ? softmax_pairs<Stored, true>
+                     : softmax_pairs<Stored, false>)(span.begin, span.end, factor, block.scores, block.kept, maximum,
+                                                     rescale, block.sum + offset, block.weights, &ask);
     float* out = block.out + offset * value_dim;
     if (rescaled) {
       for (int64_t i = 0; i < value_dim * kAmxLanes; i += kLanes<float>) {
         store(out + i, load(out + i) * load(rescale + i % kAmxLanes));
       }
     }
-    const TileOperand value_operand{keys.values + span.begin, keys.all_keys * 2, kTileDepth * 2};
-    const TileOperand weight_operand{block.weights, kAmxLanes * 4, kTileDepth / 2 * kAmxLanes * 4};
-    tile_product_beside<true>(value_tiles, kAmxVectors, steps, value_operand, weight_operand, out, kAmxLanes, ask);
+    const TileOperand value_operand = keys.values.operand(0, span.begin);
+    const TileOperand weight_operand{block.weights, kAmxLanes * 4, kTileDepth / 2 * kAmxLanes * 4,
+                                     kAmxKeys * kAmxLanes * 2};
+    ask.template product<true, kSums<Stored>>(value_tiles, kAmxVectors, steps, value_operand, weight_operand, out,
+                                              kAmxLanes);
   }
 
   // The scores, and beside them what dropout keeps: products alone leave the vector units idle.
@@ -309,9 +346,10 @@ struct AmxForward {
                                           const TileOperand& query_operand) const {
     const int64_t count = span.end - span.begin, m_tiles = count / kTileSide, steps = head_dim / kTileDepth;
     DropoutPairs beside(philox, keys.groups, dropout.limit, row, span.begin / Dropout::kKeysPerCall,
-                        count / Dropout::kKeysPerCall, m_tiles * kAmxVectors * steps, block.kept + span.begin / 2);
-    tile_product_beside<false>(m_tiles, kAmxVectors, steps, key_operand, query_operand,
-                               block.scores + span.begin * kAmxLanes, kAmxLanes, beside);
+                        count / Dropout::kKeysPerCall, m_tiles * kAmxVectors * steps * kDots<Stored>.count(),
+                        block.kept + span.begin / 2);
+    tile_product_beside<false, kDots<Stored>>(m_tiles, kAmxVectors, steps, key_operand, query_operand,
+                                              block.scores + span.begin * kAmxLanes, kAmxLanes, beside);
     beside.finish();
   }
 

@@ -25,17 +25,33 @@ constexpr int64_t kFewestRows = 17, kFewestBackwardKeys = 24;
 // Forward takes fewer keys to be done before operands are packed.
 constexpr int64_t kFewestKeys = 32;
 
-static bool suits(const AttentionProblem& p) {
-  return p.dtype == ScalarType::kBFloat16 && p.query_length > 0 && p.batch * p.kv_heads > 0;
+// Whether this folder's kernels take a call, of so many rows and keys at least.
+static bool suits(const AttentionProblem& p, int64_t fewest_rows, int64_t fewest_keys) {
+  return p.query_length >= fewest_rows && p.key_length >= fewest_keys && p.batch * p.kv_heads > 0;
+}
+
+template <class Stored>
+static void forward_of(const AttentionProblem& p, const ForwardOutputs& outputs, const Parallel& parallel) {
+  if (!suits(p, kFewestRows, kFewestKeys)) return kAvx512Kernels.forward(p, outputs, parallel);
+  const AmxForward<Stored> kernel(p, outputs, parallel.threads);
+  for_each_item(parallel, kernel.items(), [&](int64_t item, Scratch& scratch) { kernel.run(item, scratch); });
 }
 
 static void forward(const AttentionProblem& p, const ForwardOutputs& outputs, const Parallel& parallel) {
-  if (!suits(p) || p.key_length < kFewestKeys) return kAvx512Kernels.forward(p, outputs, parallel);
-  if (DecodeProducts::suits(p.query_length, p.heads / p.kv_heads))
-    return decode_with<DecodeProducts>(p, outputs, parallel);
-  if (p.query_length < kFewestRows) return kAvx512Kernels.forward(p, outputs, parallel);
-  const AmxForward kernel(p, outputs, parallel.threads);
-  for_each_item(parallel, kernel.items(), [&](int64_t item, Scratch& scratch) { kernel.run(item, scratch); });
+  switch (p.dtype) {
+    case ScalarType::kBFloat16:
+      if (suits(p, 1, kFewestKeys) && DecodeProducts::suits(p.query_length, p.heads / p.kv_heads))
+        return decode_with<DecodeProducts>(p, outputs, parallel);
+      return forward_of<BFloat16>(p, outputs, parallel);
+#if defined(__AMX_BF16__)
+    case ScalarType::kFloat16:
+      return forward_of<Float16>(p, outputs, parallel);
+    case ScalarType::kFloat32:
+      return forward_of<float>(p, outputs, parallel);
+#endif
+    default:
+      return kAvx512Kernels.forward(p, outputs, parallel);
+  }
 }
 
 // Rows whose weights must be normalised once more are left to the kernels that do so.
@@ -49,11 +65,27 @@ static bool has_large_logsumexp(const AttentionProblem& p, const BackwardTensors
   return any;
 }
 
-static void backward(const AttentionProblem& p, const BackwardTensors& t, const Parallel& parallel) {
-  if (!suits(p) || p.query_length < kFewestRows || p.key_length < kFewestBackwardKeys || has_large_logsumexp(p, t))
+template <class Stored>
+static void backward_of(const AttentionProblem& p, const BackwardTensors& t, const Parallel& parallel) {
+  if (!suits(p, kFewestRows, kFewestBackwardKeys) || has_large_logsumexp(p, t))
     return kAvx512Kernels.backward(p, t, parallel);
   if (t.grad_attn_mask.defined()) mask_gradient<BackwardScores<GradientTile<float>>>(p, t, parallel);
-  backward_with<AmxWalk>(p, t, parallel);
+  backward_with<AmxWalk<Stored>>(p, t, parallel);
+}
+
+static void backward(const AttentionProblem& p, const BackwardTensors& t, const Parallel& parallel) {
+  switch (p.dtype) {
+    case ScalarType::kBFloat16:
+      return backward_of<BFloat16>(p, t, parallel);
+#if defined(__AMX_BF16__)
+    case ScalarType::kFloat16:
+      return backward_of<Float16>(p, t, parallel);
+    case ScalarType::kFloat32:
+      return backward_of<float>(p, t, parallel);
+#endif
+    default:
+      return kAvx512Kernels.backward(p, t, parallel);
+  }
 }
 
 static void tangent_forward(const AttentionProblem& p, const Tangents& tangents, const TangentForwardOutputs& outputs,

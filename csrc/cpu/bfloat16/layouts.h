@@ -3,25 +3,27 @@
 //
 // A tile product adds A (16 × 32) times B (32 × 16) to C (16 × 16, float). A lies in memory by rows. B lies in pairs:
 // two consecutive rows interleaved, so that each 32-bit element holds two neighbours along the summed dimension. C lies
-// by rows.
+// by rows. Of numbers in pieces (pieces.h), A and B are as many such matrices.
 #pragma once
 
-#include "../convert.h"
 #include "../pack.h"
+#include "pieces.h"
 
 namespace torch_attn::cpu::TORCH_ATTN_ISA {
 
 constexpr int64_t kTileSide = 16;   // rows and columns of C
 constexpr int64_t kTileDepth = 32;  // summed elements per product
 
-// An operand's address and how far apart, in bytes, its tile rows and its successive tiles along the sum are.
+// An operand's address and how far apart, in bytes, its tile rows, its successive tiles along the sum, and its numbers'
+// pieces are.
 struct TileOperand {
   const void* data;
   int64_t row_bytes;
   int64_t step_bytes;
+  int64_t piece_bytes = 0;
 
-  TA_INLINE const char* tile(int64_t step, int64_t byte_offset) const {
-    return static_cast<const char*>(data) + step * step_bytes + byte_offset;
+  TA_INLINE const char* tile(int64_t step, int64_t byte_offset, int piece = 0) const {
+    return static_cast<const char*>(data) + piece * piece_bytes + step * step_bytes + byte_offset;
   }
 };
 
@@ -30,10 +32,18 @@ struct NothingBeside {
   TA_INLINE void operator()(int64_t) const {}
 };
 
-// bfloat16 rows, whose stride counts elements.
+// Rows of bfloat16 or of numbers' first pieces, whose other pieces follow; strides count elements.
 struct HalfRows {
   const uint16_t* data;
   int64_t stride;
+  int64_t piece_stride = 0;
+
+  TA_INLINE HalfRows piece(int number) const { return {data + number * piece_stride, stride}; }
+  TA_INLINE HalfRows from_row(int64_t row) const { return {data + row * stride, stride, piece_stride}; }
+  // As an A operand that starts there.
+  TA_INLINE TileOperand operand(int64_t row, int64_t column) const {
+    return {data + row * stride + column, stride * 2, kTileDepth * 2, piece_stride * 2};
+  }
 };
 
 // Copies rows [row, row + rows) of one head to out, all_rows × all_columns, padded with zeros.
@@ -51,10 +61,58 @@ TA_INLINE void copy_half_rows(uint16_t* out, const TensorView& view, int64_t bat
     __builtin_memset(out + rows * all_columns, 0, (all_rows - rows) * all_columns * sizeof(uint16_t));
 }
 
-// Rows [row, row + rows) of one head as all_rows × all_columns bfloat16, padded with zeros: in place where nothing
-// needs padding and rows can be read as pairs, else copied into scratch (all_rows × all_columns).
+// A row of numbers becomes a row of each piece; up to all_columns, a multiple of 32, these are 0.
+template <class Stored>
+TA_INLINE void split_row(uint16_t* out, int64_t piece_stride, const Stored* in, int64_t columns, int64_t all_columns) {
+  constexpr int n = kLanes<float>;
+  for (int64_t j = 0; j < all_columns; j += 2 * n) {
+    Vec<float> x[2];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      const int64_t first = j + i * n;
+      if (first + n <= columns) {
+        x[i] = load_as(in + first);
+      } else {
+        float part[n] = {};
+        for (int64_t k = first; k < columns; ++k) part[k - first] = static_cast<float>(in[k]);
+        x[i] = load(part);
+      }
+    }
+#pragma GCC unroll 3
+    for (int piece = 0; piece < kPiecesOf<Stored>; ++piece) {
+      const Vec<float> low = take_piece_of_any(x[0]), high = take_piece_of_any(x[1]);
+      _mm512_storeu_si512(out + piece * piece_stride + j, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    }
+  }
+}
+
+// Rows [row, row + rows) of one head in pieces, each all_rows × all_columns in out, padded with zeros.
+template <class Stored>
+TA_NOINLINE void split_rows(uint16_t* out, const TensorView& view, int64_t batch, int64_t head, int64_t row,
+                            int64_t rows, int64_t columns, int64_t all_rows, int64_t all_columns) {
+  const int64_t piece_stride = all_rows * all_columns;
+  for_each_run(view, batch, head, row, rows, [&](const char* first, int64_t run, int64_t count) TA_INLINE_LAMBDA {
+    for (int64_t i = 0; i < count; ++i) {
+      split_row(out + (run + i) * all_columns, piece_stride,
+                reinterpret_cast<const Stored*>(first) + i * view.stride[2], columns, all_columns);
+    }
+  });
+  for (int piece = 0; rows < all_rows && piece < kPiecesOf<Stored>; ++piece) {
+    __builtin_memset(out + piece * piece_stride + rows * all_columns, 0,
+                     (all_rows - rows) * all_columns * sizeof(uint16_t));
+  }
+}
+
+// Rows [row, row + rows) of one head as all_rows × all_columns bfloat16 or pieces, padded with zeros: in place where
+// nothing needs splitting or padding and rows can be read as pairs, else copied into scratch (all_rows × all_columns
+// of each piece).
+template <class Stored = BFloat16>
 TA_INLINE HalfRows half_rows(const TensorView& view, int64_t batch, int64_t head, int64_t row, int64_t rows,
                              int64_t columns, int64_t all_rows, int64_t all_columns, uint16_t* scratch) {
+  if constexpr (kPiecesOf<Stored> > 1) {
+    split_rows<Stored>(scratch, view, batch, head, row, rows, columns, all_rows, all_columns);
+    return {scratch, all_columns, all_rows * all_columns};
+  }
   if (rows == all_rows && columns == all_columns && is_one_run(view, row, rows)) {
     const auto* first = reinterpret_cast<const uint16_t*>(element(view, batch, head, row));
     const bool paired = view.stride[2] % 2 == 0 && reinterpret_cast<uintptr_t>(first) % 4 == 0;
@@ -68,8 +126,10 @@ TA_INLINE HalfRows half_rows(const TensorView& view, int64_t batch, int64_t head
 typedef uint16_t HalfVec __attribute__((vector_size(64)));
 typedef uint16_t HalfVecUnaligned __attribute__((vector_size(64), aligned(2), may_alias));
 
-// out[i / 2][column][i % 2] = rows[i][column]; rows and columns are multiples of 2 and 32.
-TA_NOINLINE inline void pair_rows(uint16_t* out, HalfRows in, int64_t rows, int64_t columns) {
+// out[i / 2][column][i % 2] = rows[i][column]; rows and columns are multiples of 2 and 32. A pair is of two rows that
+// lie kApart (a divisor of 16) apart.
+template <int kApart = 1>
+TA_NOINLINE void pair_rows(uint16_t* out, HalfRows in, int64_t rows, int64_t columns) {
   HalfVec low{}, high{};
 #pragma GCC unroll 32
   for (int i = 0; i < 32; ++i) {
@@ -77,9 +137,11 @@ TA_NOINLINE inline void pair_rows(uint16_t* out, HalfRows in, int64_t rows, int6
     high[i] = static_cast<uint16_t>((i & 1) * 32 + i / 2 + 16);
   }
   for (int64_t i = 0; i < rows; i += 2) {
+    const int64_t first = i / (2 * kApart) * (2 * kApart) + i / 2 % kApart;
     for (int64_t j = 0; j < columns; j += 32) {
-      const HalfVec a = *reinterpret_cast<const HalfVecUnaligned*>(in.data + i * in.stride + j);
-      const HalfVec b = *reinterpret_cast<const HalfVecUnaligned*>(in.data + (i + 1) * in.stride + j);
+      const uint16_t* from = in.data + first * in.stride + j;
+      const HalfVec a = *reinterpret_cast<const HalfVecUnaligned*>(from);
+      const HalfVec b = *reinterpret_cast<const HalfVecUnaligned*>(from + kApart * in.stride);
       uint16_t* place = out + i * columns + 2 * j;
       *reinterpret_cast<HalfVecUnaligned*>(place) = __builtin_shuffle(a, b, low);
       *reinterpret_cast<HalfVecUnaligned*>(place + 32) = __builtin_shuffle(a, b, high);
@@ -102,10 +164,6 @@ TA_INLINE void pack_pairs(uint16_t* out, int64_t lanes, HalfRows in, int64_t row
              columns / 2);
 }
 
-// The bfloat16 of low's lanes, then of high's.
-TA_INLINE void store_halves(uint16_t* out, Vec<float> low, Vec<float> high) {
-  _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-}
 // Lane by lane: the bfloat16 of first next to that of second.
 TA_INLINE __m512i pairs_of(Vec<float> first, Vec<float> second, uint32_t kept = ~0u) {
   HalfVec order{};
@@ -114,16 +172,54 @@ TA_INLINE __m512i pairs_of(Vec<float> first, Vec<float> second, uint32_t kept = 
   const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(second, first);
   return _mm512_maskz_permutexvar_epi16(kept, (__m512i)order, halves);
 }
-TA_INLINE void store_pairs(uint16_t* out, Vec<float> first, Vec<float> second) {
-  _mm512_storeu_si512(out, pairs_of(first, second));
+// The bfloat16 of low's lanes, then of high's.
+TA_INLINE void store_halves(uint16_t* out, Vec<float> low, Vec<float> high) {
+  _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(high, low));
 }
-
 // The same of what dropout keeps: a bit for each element of out.
 TA_INLINE void store_halves(uint16_t* out, Vec<float> low, Vec<float> high, uint32_t kept) {
   _mm512_storeu_si512(out, (__m512i)_mm512_maskz_cvtne2ps_pbh(kept, high, low));
 }
-TA_INLINE void store_pairs(uint16_t* out, Vec<float> first, Vec<float> second, uint32_t kept) {
-  _mm512_storeu_si512(out, pairs_of(first, second, kept));
+
+// Lane by lane: first next to second, as bfloat16 or, piece_stride apart, in pieces.
+template <class Stored = BFloat16>
+TA_INLINE void store_pairs(uint16_t* out, int64_t piece_stride, Vec<float> first, Vec<float> second) {
+  if constexpr (kPiecesOf<Stored> == 1) {
+    _mm512_storeu_si512(out, pairs_of(first, second));
+    return;
+  }
+#pragma GCC unroll 3
+  for (int piece = 0; piece < kPiecesOf<Stored>; ++piece)
+    _mm512_storeu_si512(out + piece * piece_stride, upper_halves(take_piece(first), take_piece(second)));
+}
+// The same of what dropout keeps: a bit for each element of out.
+template <class Stored>
+TA_INLINE void store_pairs(uint16_t* out, int64_t piece_stride, Vec<float> first, Vec<float> second, uint32_t kept) {
+  if constexpr (kPiecesOf<Stored> == 1) {
+    _mm512_storeu_si512(out, pairs_of(first, second, kept));
+    return;
+  }
+#pragma GCC unroll 3
+  for (int piece = 0; piece < kPiecesOf<Stored>; ++piece) {
+    const __m512i pairs = upper_halves(take_piece(first), take_piece(second));
+    _mm512_storeu_si512(out + piece * piece_stride, _mm512_maskz_mov_epi16(kept, pairs));
+  }
+}
+TA_INLINE void store_pairs(uint16_t* out, Vec<float> first, Vec<float> second) {
+  store_pairs<BFloat16>(out, 0, first, second);
+}
+
+// Rows of a score tile as an A operand, whose sum runs over its 32 lanes, the numbers of two vectors: one after the
+// other, or in pieces, alternating. pair_lanes makes the B operand that goes with it.
+template <class Stored>
+constexpr int kLanesApart = kPiecesOf<Stored> == 1 ? 1 : kLanes<float>;
+template <class Stored>
+TA_INLINE void store_lanes(uint16_t* out, int64_t piece_stride, Vec<float> low, Vec<float> high) {
+  if constexpr (kPiecesOf<Stored> == 1) {
+    store_halves(out, low, high);
+  } else {
+    store_pairs<Stored>(out, piece_stride, low, high);
+  }
 }
 
 }  // namespace torch_attn::cpu::TORCH_ATTN_ISA

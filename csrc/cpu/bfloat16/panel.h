@@ -25,4 +25,11 @@ TA_INLINE Vec<float> exp_for_half(Vec<float> x) {
   return _mm512_maskz_scalef_ps(normal, y, t);  // multiplies by 2^⌊t⌋
 }
 
+// The exponential of weights that will be split into the pieces of a Stored number.
+template <class Stored>
+TA_INLINE Vec<float> exp_for(Vec<float> x) {
+  if constexpr (sizeof(Stored) == 4) return VectorMath<float>::exp(x);
+  return exp_for_half(x);
+}
+
 }  // namespace torch_attn::cpu::TORCH_ATTN_ISA

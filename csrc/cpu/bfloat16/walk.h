@@ -1,5 +1,5 @@
-// The backward pass for bfloat16: what ../backward_walk.h does, with the products of tiles.h. Weights and score
-// gradients are rounded to bfloat16 for the products that read them. Included by kernels.h.
+// The backward pass by products of bfloat16: what ../backward_walk.h does, with the products of tiles.h. Weights and
+// score gradients are rounded to bfloat16, or split (pieces.h), for the products that read them. Included by kernels.h.
 #pragma once
 
 #include "../backward_tasks.h"
@@ -10,27 +10,30 @@ namespace torch_attn::cpu::TORCH_ATTN_ISA {
 // Measured at head_dim 128: 128 and 512 rows are 13 and 6 % slower, blocks of 64 keys 6 %.
 constexpr int64_t kAmxBackwardRows = 256;
 
-// The query side: what ../row_block.h holds, in bfloat16.
+// The query side: what ../row_block.h holds, as operands of products. An operand's pieces are all_rows of its rows
+// apart.
+template <class Stored>
 struct AmxRowBlock {
-  int64_t batch, head, row, rows, lanes;
-  int64_t head_dim, value_dim;          // padded to whole tile depths
-  uint16_t *query, *grad_out;           // B operands for the dots: [lane offset · dim][dim / 2][lane][2]
-  uint16_t *query_pairs, *grad_pairs;   // B operands for the sums over rows: [row / 2][column][2]
-  float *logsumexp, *delta;             // [lane]
+  static constexpr int kPieces = kPiecesOf<Stored>;
+  int64_t batch, head, row, rows, lanes, all_rows;
+  int64_t head_dim, value_dim;  // padded to whole tile depths
+  uint16_t *query, *grad_out;   // B operands for the dots: [lane offset · dim][dim / 2][lane][2]
+  uint16_t *query_pairs,
+      *grad_pairs;           // B operands for the sums over rows, in pairs kLanesApart apart: [row / 2][column][2]
+  float *logsumexp, *delta;  // [lane]
   const float* weight_scale = nullptr;  // calls with a large logsumexp do not come here
 
   AmxRowBlock(const AttentionProblem& p, int64_t max_rows, Scratch& scratch)
-      : head_dim(round_up(p.head_dim, kTileDepth)), value_dim(round_up(p.value_dim, kTileDepth)) {
-    query = scratch.take<uint16_t>(max_rows * head_dim);
-    grad_out = scratch.take<uint16_t>(max_rows * value_dim);
-    query_pairs = scratch.take<uint16_t>(max_rows * head_dim);
-    grad_pairs = scratch.take<uint16_t>(max_rows * value_dim);
-    row_memory_ = scratch.take<uint16_t>(max_rows * larger(head_dim, value_dim));
+      : all_rows(max_rows), head_dim(round_up(p.head_dim, kTileDepth)), value_dim(round_up(p.value_dim, kTileDepth)) {
+    query = scratch.take<uint16_t>(kPieces * max_rows * head_dim);
+    grad_out = scratch.take<uint16_t>(kPieces * max_rows * value_dim);
+    query_pairs = scratch.take<uint16_t>(kPieces * max_rows * head_dim);
+    grad_pairs = scratch.take<uint16_t>(kPieces * max_rows * value_dim);
+    row_memory_ = scratch.take<uint16_t>(kPieces * max_rows * larger(head_dim, value_dim));
     logsumexp = scratch.take<float>(max_rows);
     delta = scratch.take<float>(max_rows);
     grad_memory_ = scratch.take<float>(value_dim);
     out_memory_ = scratch.take<float>(value_dim);
-    fill<float>(grad_memory_, 0, value_dim);
   }
 
   void read(const AttentionProblem& p, const BackwardTensors& t, int64_t new_batch, int64_t new_head, int64_t first_row,
@@ -40,53 +43,91 @@ struct AmxRowBlock {
     pack(p.query, p.head_dim, head_dim, query, query_pairs);
     pack(t.grad_out, p.value_dim, value_dim, grad_out, grad_pairs);
     const auto grad_row = [&](int64_t i) {
-      load_row(grad_memory_, t.grad_out.dtype, element(t.grad_out, batch, head, row + i), 1, p.value_dim);
-      return grad_memory_;
+      return padded_rows(t.grad_out, batch, head, row + i, 1, p.value_dim, grad_memory_).data;
     };
     load_logsumexp_and_delta(p, t, batch, head, row, rows, lanes, grad_row, out_memory_, logsumexp, delta);
   }
 
  private:
   void pack(const TensorView& view, int64_t columns, int64_t all_columns, uint16_t* panels, uint16_t* pairs) {
-    const HalfRows in = half_rows(view, batch, head, row, rows, columns, lanes, all_columns, row_memory_);
-    for (int64_t offset = 0; offset < lanes; offset += kAmxLanes) {
-      pack_pairs(panels + offset * all_columns, kAmxLanes, {in.data + offset * in.stride, in.stride}, kAmxLanes,
-                 all_columns);
+    const HalfRows in = half_rows<Stored>(view, batch, head, row, rows, columns, lanes, all_columns, row_memory_);
+    for (int piece = 0; piece < kPieces; ++piece) {
+      const HalfRows numbers = in.piece(piece);
+      const int64_t place = piece * all_rows * all_columns;
+      for (int64_t offset = 0; offset < lanes; offset += kAmxLanes) {
+        pack_pairs(panels + place + offset * all_columns, kAmxLanes, numbers.from_row(offset), kAmxLanes, all_columns);
+      }
+      pair_rows<kLanesApart<Stored>>(pairs + place, numbers, lanes, all_columns);
     }
-    pair_rows(pairs, in, lanes, all_columns);
   }
 
   uint16_t* row_memory_;
   float *grad_memory_, *out_memory_;
 };
 
-// The weights after dropout and the score gradients of keys [begin, end), as float, become A operands (by rows), and
-// the gradients also a B operand, whose pairs start at key begin.
+// What the products read of a panel's tile: weights after dropout and score gradients by rows (store_lanes), and the
+// gradients also as the pairs of a B operand, which starts at the tile's first key.
+struct HalfTiles {
+  uint16_t *weights, *gradients;  // [key][lane]
+  int64_t piece_stride;
+  uint16_t* pairs;
+
+  static constexpr int64_t kPairsPieceStride = kAmxKeys * kAmxLanes;
+
+  // The weights of key j.
+  template <class Stored>
+  TA_INLINE void store_weights(int64_t j, Vec<float> low, Vec<float> high) const {
+    store_lanes<Stored>(weights + j * kAmxLanes, piece_stride, low, high);
+  }
+
+  // The gradients, by key and vector, of keys j and j + 1; pairs starts at key begin.
+  template <class Stored>
+  TA_INLINE void store_gradients(int64_t j, int64_t begin, Vec<float> (&x)[2][2]) const {
+    constexpr int n_lanes = kLanes<float>;
+    uint16_t *by_rows = gradients + j * kAmxLanes, *by_pairs = pairs + (j - begin) * kAmxLanes;
+    if constexpr (kPiecesOf<Stored> == 1) {
+      store_halves(by_rows, x[0][0], x[0][1]);
+      store_halves(by_rows + kAmxLanes, x[1][0], x[1][1]);
+      store_pairs(by_pairs, x[0][0], x[1][0]);
+      store_pairs(by_pairs + 2 * n_lanes, x[0][1], x[1][1]);
+      return;
+    }
+#pragma GCC unroll 3
+    for (int piece = 0; piece < kPiecesOf<Stored>; ++piece) {
+      const Vec<float> a = take_piece(x[0][0]), b = take_piece(x[0][1]), c = take_piece(x[1][0]),
+                       d = take_piece(x[1][1]);
+      uint16_t *rows = by_rows + piece * piece_stride, *columns = by_pairs + piece * kPairsPieceStride;
+      _mm512_storeu_si512(rows, upper_halves(a, b));
+      _mm512_storeu_si512(rows + kAmxLanes, upper_halves(c, d));
+      _mm512_storeu_si512(columns, upper_halves(a, c));
+      _mm512_storeu_si512(columns + 2 * n_lanes, upper_halves(b, d));
+    }
+  }
+};
+
+// The tiles of keys [begin, end), as float, become HalfTiles.
+template <class Stored>
 TA_NOINLINE void halve_tiles(int64_t begin, int64_t end, const float* weights, const float* gradients,
-                             uint16_t* half_weights, uint16_t* half_gradients, uint16_t* gradient_pairs) {
+                             const HalfTiles& to) {
   constexpr int n_lanes = kLanes<float>;
   for (int64_t j = begin; j < end; j += 2) {
     const int64_t even = j * kAmxLanes, odd = even + kAmxLanes;
-    store_halves(half_weights + even, load(weights + even), load(weights + even + n_lanes));
-    store_halves(half_weights + odd, load(weights + odd), load(weights + odd + n_lanes));
-    const Vec<float> a = load(gradients + even), b = load(gradients + even + n_lanes);
-    const Vec<float> c = load(gradients + odd), d = load(gradients + odd + n_lanes);
-    store_halves(half_gradients + even, a, b);
-    store_halves(half_gradients + odd, c, d);
-    uint16_t* pairs = gradient_pairs + (j - begin) * kAmxLanes;
-    store_pairs(pairs, a, c);
-    store_pairs(pairs + 2 * n_lanes, b, d);
+    to.store_weights<Stored>(j, load(weights + even), load(weights + even + n_lanes));
+    to.store_weights<Stored>(j + 1, load(weights + odd), load(weights + odd + n_lanes));
+    Vec<float> gradient[2][2] = {{load(gradients + even), load(gradients + even + n_lanes)},
+                                 {load(gradients + odd), load(gradients + odd + n_lanes)}};
+    to.store_gradients<Stored>(j, begin, gradient);
   }
 }
 
 // weights_and_gradients without weight_scale or derivative, and halve_tiles in one pass: nothing else needs the float
 // tiles. Dropout's scale costs no instruction: weights get it in their exponents, P · (keep · g − delta) is
-// (scale · P) · (g or 0 − delta / scale), and both ways to drop are masks of instructions that are there anyway.
-template <bool kDropout>
+// (scale · P) · (g or 0 − delta / scale), and both ways to drop are masks of instructions that are there anyway, but
+// where weights are split.
+template <class Stored, bool kDropout>
 TA_NOINLINE void plain_half_tiles(int64_t begin, int64_t end, float score_factor, const float* scores,
                                   const float* value_dots, const float* logsumexp, const float* delta, float factor,
-                                  KeptTile<float> dropout, uint16_t* half_weights, uint16_t* half_gradients,
-                                  uint16_t* gradient_pairs) {
+                                  KeptTile<float> dropout, const HalfTiles& to) {
   constexpr int n_lanes = kLanes<float>;
   const float log_scale = kDropout ? __builtin_logf(dropout.scale) : 0;
   const Vec<float> row_logsumexp[2] = {load(logsumexp) - log_scale, load(logsumexp + n_lanes) - log_scale};
@@ -99,7 +140,7 @@ TA_NOINLINE void plain_half_tiles(int64_t begin, int64_t end, float score_factor
 #pragma GCC unroll 2
       for (int n = 0; n < 2; ++n) {
         const int64_t place = (j + i) * kAmxLanes + n * n_lanes;
-        weight[i][n] = exp_for_half(load(scores + place) * score_factor - row_logsumexp[n]);
+        weight[i][n] = exp_for<Stored>(load(scores + place) * score_factor - row_logsumexp[n]);
         Vec<float> difference = load(value_dots + place) - row_delta[n];
         if constexpr (kDropout) {
           kept[n] = dropout.kept[(j + i) * kAmxVectors + n].lanes;
@@ -107,23 +148,24 @@ TA_NOINLINE void plain_half_tiles(int64_t begin, int64_t end, float score_factor
         }
         gradient[i][n] = weight[i][n] * difference * factor;
       }
-      uint16_t* const to = half_weights + (j + i) * kAmxLanes;
-      if constexpr (kDropout) {
-        store_halves(to, weight[i][0], weight[i][1], _mm512_kunpackw(kept[1], kept[0]));
+      if constexpr (!kDropout) {
+        to.store_weights<Stored>(j + i, weight[i][0], weight[i][1]);
+      } else if constexpr (kPiecesOf<Stored> == 1) {
+        store_halves(to.weights + (j + i) * kAmxLanes, weight[i][0], weight[i][1], _mm512_kunpackw(kept[1], kept[0]));
       } else {
-        store_halves(to, weight[i][0], weight[i][1]);
+        to.store_weights<Stored>(j + i, _mm512_maskz_mov_ps(kept[0], weight[i][0]),
+                                 _mm512_maskz_mov_ps(kept[1], weight[i][1]));
       }
-      store_halves(half_gradients + (j + i) * kAmxLanes, gradient[i][0], gradient[i][1]);
     }
-    uint16_t* pairs = gradient_pairs + (j - begin) * kAmxLanes;
-    store_pairs(pairs, gradient[0][0], gradient[1][0]);
-    store_pairs(pairs + 2 * n_lanes, gradient[0][1], gradient[1][1]);
+    to.store_gradients<Stored>(j, begin, gradient);
   }
 }
 
+template <class Stored>
 struct AmxWalk {
   using Real = float;
-  using Block = AmxRowBlock;
+  using Block = AmxRowBlock<Stored>;
+  static constexpr int kPieces = kPiecesOf<Stored>;
   using Tensors = BackwardTensors;
   using Wanted = GradientTile<float>::Wanted;
   static constexpr int64_t kColumns = kTileSide;
@@ -142,9 +184,8 @@ struct AmxWalk {
   float *key_sums, *value_sums;
   TileSession session;
   GradientTile<float> tile;
-  float *scores, *gradients;                // one tile: [key][lane]
-  uint16_t *half_weights, *half_gradients;  // A operands: [panel][key][lane]
-  uint16_t* gradient_pairs;                 // a B operand
+  float *scores, *gradients;  // one tile: [key][lane]
+  HalfTiles half_tiles;       // of all panels: [panel][key][lane]
   float *grad_query, *grad_query_rows, *ones;
   uint16_t *key_scratch, *value_scratch, *key_pairs, *keys_transposed;
 
@@ -164,17 +205,18 @@ struct AmxWalk {
     static_assert(kAmxKeys * kAmxLanes <= kBackwardKeys * kMaxVectors * kLanes<float>, "TileScratch is too small");
     scores = scratch.take<float>(kAmxKeys * kAmxLanes);
     gradients = scratch.take<float>(kAmxKeys * kAmxLanes);
-    half_weights = scratch.take<uint16_t>(plan.block_rows * kAmxKeys);
-    half_gradients = scratch.take<uint16_t>(plan.block_rows * kAmxKeys);
-    gradient_pairs = scratch.take<uint16_t>(kAmxKeys * kAmxLanes);
+    half_tiles.piece_stride = plan.block_rows * kAmxKeys;
+    half_tiles.weights = scratch.take<uint16_t>(kPieces * half_tiles.piece_stride);
+    half_tiles.gradients = scratch.take<uint16_t>(kPieces * half_tiles.piece_stride);
+    half_tiles.pairs = scratch.take<uint16_t>(kPieces * HalfTiles::kPairsPieceStride);
     grad_query = scratch.take<float>(plan.block_rows * query_columns);
     grad_query_rows = scratch.take<float>(kAmxLanes * query_columns);
     ones = scratch.take<float>(kAmxLanes);
     fill<float>(ones, 1, kAmxLanes);
-    key_scratch = scratch.take<uint16_t>(kAmxKeys * head_dim);
-    value_scratch = scratch.take<uint16_t>(kAmxKeys * value_dim);
+    key_scratch = scratch.take<uint16_t>(kPieces * kAmxKeys * head_dim);
+    value_scratch = scratch.take<uint16_t>(kPieces * kAmxKeys * value_dim);
     key_pairs = scratch.take<uint16_t>(kAmxKeys * head_dim);
-    keys_transposed = scratch.take<uint16_t>(kAmxKeys * head_dim);
+    keys_transposed = scratch.take<uint16_t>(kPieces * kAmxKeys * head_dim);
   }
 
   // A block of keys as A operands.
@@ -183,7 +225,7 @@ struct AmxWalk {
     HalfRows key_rows, value_rows;
   };
 
-  float over_keys(AmxRowBlock& block) {
+  float over_keys(Block& block) {
     const ScoreStage<float> stage(p, batch, block.head);
     if (plan.needs_query) fill<float>(grad_query, 0, block.lanes * query_columns);
     float slope_gradient = 0;
@@ -193,10 +235,13 @@ struct AmxWalk {
       KeyBlock keys{key, smaller(key_block_size, range.end - key), 0, {}, {}};
       keys.all_keys = round_up(keys.keys, kTileDepth);
       keys.key_rows =
-          half_rows(p.key, batch, kv_head, key, keys.keys, p.head_dim, keys.all_keys, head_dim, key_scratch);
-      keys.value_rows =
-          half_rows(p.value, batch, kv_head, key, keys.keys, p.value_dim, keys.all_keys, value_dim, value_scratch);
-      if (plan.needs_query) transpose_rows(keys_transposed, keys.key_rows, keys.all_keys, head_dim, key_pairs);
+          half_rows<Stored>(p.key, batch, kv_head, key, keys.keys, p.head_dim, keys.all_keys, head_dim, key_scratch);
+      keys.value_rows = half_rows<Stored>(p.value, batch, kv_head, key, keys.keys, p.value_dim, keys.all_keys,
+                                          value_dim, value_scratch);
+      for (int piece = 0; plan.needs_query && piece < kPieces; ++piece) {
+        transpose_rows(keys_transposed + piece * keys.all_keys * head_dim, keys.key_rows.piece(piece), keys.all_keys,
+                       head_dim, key_pairs);
+      }
       const NextRows next(p, batch, kv_head, key + keys.keys, key_block_size, range.end - key - keys.keys,
                           block.lanes / kAmxLanes);
       KeySpan spans[kMaxPanels];
@@ -210,10 +255,12 @@ struct AmxWalk {
         ahead.ask_for_rest();
       }
       if (plan.needs_value) {
-        sum_over_rows(block, spans, keys, half_weights, block.grad_pairs, value_dim, plan.value_columns, value_sums);
+        sum_over_rows(block, spans, keys, half_tiles.weights, block.grad_pairs, value_dim, plan.value_columns,
+                      value_sums);
       }
       if (plan.needs_key) {
-        sum_over_rows(block, spans, keys, half_gradients, block.query_pairs, head_dim, plan.key_columns, key_sums);
+        sum_over_rows(block, spans, keys, half_tiles.gradients, block.query_pairs, head_dim, plan.key_columns,
+                      key_sums);
       }
     }
     if (plan.needs_query) store_grad_query(block);
@@ -221,12 +268,13 @@ struct AmxWalk {
   }
 
   // One panel's weights and gradients with one block of keys, and its grad_query. Returns the keys that it filled in.
-  TA_NOINLINE KeySpan attend(const AmxRowBlock& block, const ScoreStage<float>& stage, int64_t panel,
-                             const KeyBlock& keys, float& slope_gradient, RowsAhead& ahead) {
+  TA_NOINLINE KeySpan attend(const Block& block, const ScoreStage<float>& stage, int64_t panel, const KeyBlock& keys,
+                             float& slope_gradient, RowsAhead& ahead) {
     const int64_t offset = panel * kAmxLanes, row = block.row + offset, rows = smaller(kAmxLanes, block.rows - offset);
     const KeySpan span = KeySpan::of(stage.band, row, rows, keys.key, keys.all_keys, kTileDepth);
     if (span.empty()) return span;
-    uint16_t *panel_weights = half_weights + offset * kAmxKeys, *panel_gradients = half_gradients + offset * kAmxKeys;
+    HalfTiles half = half_tiles;
+    half.weights += offset * kAmxKeys, half.gradients += offset * kAmxKeys;
     const int64_t count = span.end - span.begin, first = span.begin * kAmxLanes;
     BiasTile<float> bias;
     MaskedPanel masked;
@@ -237,17 +285,20 @@ struct AmxWalk {
       effect = MaskEffect::kExcludesAll;
     }
     if (effect == MaskEffect::kExcludesAll) {
-      fill<uint16_t>(panel_weights + first, 0, count * kAmxLanes);
-      fill<uint16_t>(panel_gradients + first, 0, count * kAmxLanes);
+      for (int piece = 0; piece < kPieces; ++piece) {
+        fill<uint16_t>(half.weights + piece * half.piece_stride + first, 0, count * kAmxLanes);
+        fill<uint16_t>(half.gradients + piece * half.piece_stride + first, 0, count * kAmxLanes);
+      }
       return span;
     }
-    const int64_t m_tiles = count / kTileSide;
-    ahead.divide(AskBeside::calls(m_tiles, kAmxVectors, head_dim / kTileDepth) +
-                 (plan.needs_scores ? AskBeside::calls(m_tiles, kAmxVectors, value_dim / kTileDepth) : 0));
-    AskBeside ask{ahead};
     const auto kept =
         kept_tile<float, kAmxVectors>(p, tile.dropout, batch, block.head, row, keys.key, span, tile.scratch.kept);
-    dots(keys.key_rows, block.query + offset * head_dim, head_dim, span, scores, ask);
+    const auto asks = [&](int64_t dim) {
+      return AskBeside<Stored>::portions(count / kTileSide, kAmxVectors, dim / kTileDepth);
+    };
+    ahead.divide(asks(head_dim) + (plan.needs_scores ? asks(value_dim) : 0));
+    AskBeside<Stored> ask(ahead);
+    dots(keys.key_rows, block.query, block, offset, head_dim, span, scores, ask);
     float factor = stage.dot_factor();
     if (effect == MaskEffect::kSome) {
       factor = masked.apply<false>(span, factor, scores, nullptr);
@@ -256,38 +307,41 @@ struct AmxWalk {
                                         scores, tile.scratch.derivative, nullptr);
       factor = 1;
     }
-    if (plan.needs_scores) dots(keys.value_rows, block.grad_out + offset * value_dim, value_dim, span, gradients, ask);
+    if (plan.needs_scores) dots(keys.value_rows, block.grad_out, block, offset, value_dim, span, gradients, ask);
     if (plan.needs_scores && !plan.needs_slopes && !stage.softcap) {
-      (kept.kept != nullptr ? plain_half_tiles<true>
-                            : plain_half_tiles<false>)(span.begin, span.end, factor, scores, gradients,
-                                                       block.logsumexp + offset, block.delta + offset, stage.mod.scale,
-                                                       kept, panel_weights, panel_gradients, gradient_pairs);
+      const auto fill_in = kept.kept != nullptr ? plain_half_tiles<Stored, true> : plain_half_tiles<Stored, false>;
+      fill_in(span.begin, span.end, factor, scores, gradients, block.logsumexp + offset, block.delta + offset,
+              stage.mod.scale, kept, half);
     } else {
       tile.finish<kAmxVectors>(block, stage, offset, keys.key, span, factor,
                                plan.needs_scores ? Wanted::kDotGradients : Wanted::kWeightsOnly, scores, gradients,
                                plan.needs_slopes ? &slope_gradient : nullptr);
-      halve_tiles(span.begin, span.end, scores, gradients, panel_weights, panel_gradients, gradient_pairs);
+      halve_tiles<Stored>(span.begin, span.end, scores, gradients, half);
     }
     if (plan.needs_query) {
-      const TileOperand key_operand{keys_transposed + span.begin, keys.all_keys * 2, kTileDepth * 2};
-      const TileOperand gradient_operand{gradient_pairs, kAmxLanes * 4, kTileDepth / 2 * kAmxLanes * 4};
-      tile_product<true>(query_columns / kTileSide, kAmxVectors, count / kTileDepth, key_operand, gradient_operand,
-                         grad_query + offset * query_columns, kAmxLanes);
+      const HalfRows transposed{keys_transposed, keys.all_keys, keys.all_keys * head_dim};
+      const TileOperand key_operand = transposed.operand(0, span.begin);
+      const TileOperand gradient_operand{half.pairs, kAmxLanes * 4, kTileDepth / 2 * kAmxLanes * 4,
+                                         HalfTiles::kPairsPieceStride * 2};
+      tile_product<true, kSums<Stored>>(query_columns / kTileSide, kAmxVectors, count / kTileDepth, key_operand,
+                                        gradient_operand, grad_query + offset * query_columns, kAmxLanes);
     }
     return span;
   }
 
-  // out[key][lane] = rows[key] · panel[lane] for the keys of span.
-  static void dots(HalfRows rows, const uint16_t* panel, int64_t dim, const KeySpan& span, float* out, AskBeside& ask) {
-    const TileOperand row_operand{rows.data + span.begin * rows.stride, rows.stride * 2, kTileDepth * 2};
-    const TileOperand panel_operand{panel, kAmxLanes * 4, kTileDepth / 2 * kAmxLanes * 4};
-    tile_product_beside<false>((span.end - span.begin) / kTileSide, kAmxVectors, dim / kTileDepth, row_operand,
-                               panel_operand, out + span.begin * kAmxLanes, kAmxLanes, ask);
+  // out[key][lane] = rows[key] · panel[lane] for the keys of span and the panel that starts at lane offset.
+  static void dots(HalfRows rows, const uint16_t* panels, const Block& block, int64_t offset, int64_t dim,
+                   const KeySpan& span, float* out, AskBeside<Stored>& ask) {
+    const TileOperand row_operand = rows.operand(span.begin, 0);
+    const TileOperand panel_operand{panels + offset * dim, kAmxLanes * 4, kTileDepth / 2 * kAmxLanes * 4,
+                                    block.all_rows * dim * 2};
+    ask.template product<false, kDots<Stored>>((span.end - span.begin) / kTileSide, kAmxVectors, dim / kTileDepth,
+                                               row_operand, panel_operand, out + span.begin * kAmxLanes, kAmxLanes);
   }
 
   // sums[key][column] += Σ_row tiles[key][row] · rows[row][column], for each group of keys over the panels that attend
   // it.
-  void sum_over_rows(const AmxRowBlock& block, const KeySpan* spans, const KeyBlock& keys, const uint16_t* tiles,
+  void sum_over_rows(const Block& block, const KeySpan* spans, const KeyBlock& keys, const uint16_t* tiles,
                      const uint16_t* row_pairs, int64_t row_columns, int64_t columns, float* sums) const {
     for (int64_t key = 0; key < keys.all_keys; key += kTileDepth) {
       int64_t first = 0, last = block.lanes / kAmxLanes;
@@ -296,15 +350,15 @@ struct AmxWalk {
       while (first < last && !attends(spans[last - 1])) --last;
       if (first == last) continue;
       const TileOperand tile_operand{tiles + first * kAmxLanes * kAmxKeys + key * kAmxLanes, kAmxLanes * 2,
-                                     kAmxLanes * kAmxKeys * 2};
+                                     kAmxLanes * kAmxKeys * 2, half_tiles.piece_stride * 2};
       const TileOperand row_operand{row_pairs + first * kAmxLanes * row_columns, row_columns * 4,
-                                    kTileDepth / 2 * row_columns * 4};
-      tile_product<true>(kTileDepth / kTileSide, columns / kTileSide, last - first, tile_operand, row_operand,
-                         sums + (keys.key + key) * columns, columns);
+                                    kTileDepth / 2 * row_columns * 4, block.all_rows * row_columns * 2};
+      tile_product<true, kSums<Stored>>(kTileDepth / kTileSide, columns / kTileSide, last - first, tile_operand,
+                                        row_operand, sums + (keys.key + key) * columns, columns);
     }
   }
 
-  void store_grad_query(const AmxRowBlock& block) {
+  void store_grad_query(const Block& block) {
     for (int64_t offset = 0; offset < block.lanes; offset += kAmxLanes) {
       store_panel(t.grad_query, batch, block.head, block.row + offset, smaller(kAmxLanes, block.rows - offset),
                   p.head_dim, grad_query + offset * query_columns, kAmxLanes, ones, grad_query_rows);
