@@ -5,83 +5,21 @@
 
 #include "../forward.h"
 #include "dropout_pairs.h"
-#include "panel.h"
+#include "operands.h"
+#include "softmax_pairs.h"
 
 namespace torch_attn::cpu::TORCH_ATTN_ISA {
 
-constexpr int64_t kAmxRows = 512;
+constexpr int64_t kAmxRows = 1024;
 
 // Of a tile's RowsAhead: before each of its stages.
 constexpr int64_t kPortions = 4;
 
 // Keys per block. Measured on an Intel Xeon with AMX: 64 is 5 to 10 % faster than 128 at head_dim 64, whose tiles then
 // stay in the L1 cache, and 10 % slower at 128, where each block's addition to the output weighs more.
+template <class Stored>
 TA_INLINE int64_t amx_key_block(const AttentionProblem& p) {
-  return larger(p.head_dim, p.value_dim) > 64 ? kAmxKeys : kAmxKeys / 2;
-}
-
-// maximum[lane] is raised to include factor times the dots of keys [begin, end); factor > 0.
-TA_NOINLINE inline void raise_maximum(int64_t begin, int64_t end, float factor, const float* dots, float* maximum) {
-  Vec<float> highest[2 * kAmxVectors];
-#pragma GCC unroll 4
-  for (int n = 0; n < 2 * kAmxVectors; ++n) highest[n] = load(dots + begin * kAmxLanes + n * kLanes<float>);
-  for (int64_t j = begin + 2; j < end; j += 2) {
-#pragma GCC unroll 4
-    for (int n = 0; n < 2 * kAmxVectors; ++n)
-      highest[n] = max(highest[n], load(dots + j * kAmxLanes + n * kLanes<float>));
-  }
-#pragma GCC unroll 2
-  for (int n = 0; n < kAmxVectors; ++n) {
-    float* place = maximum + n * kLanes<float>;
-    store(place, max(load(place), max(highest[n], highest[n + kAmxVectors]) * factor));
-  }
-}
-
-// Scores (divided by factor) become weights, stored as the pairs of a B operand that starts at key begin and has pieces
-// of kAmxKeys keys; sum is brought up to date. kept is DropoutPairs'.
-template <class Stored, bool kDropout>
-TA_NOINLINE void softmax_pairs(int64_t begin, int64_t end, float factor, const float* scores, const uint32_t* kept,
-                               const float* maximum, const float* rescale, float* sum, uint16_t* pairs) {
-  using Math = VectorMath<float>;
-  constexpr int n_lanes = kLanes<float>;
-  constexpr int64_t kPieceStride = kAmxKeys * kAmxLanes;
-#pragma GCC unroll 2
-  for (int n = 0; n < kAmxVectors; ++n) {
-    const Vec<float> subtracted = OnlineSoftmax<Math>::safe_maximum(load(maximum + n * n_lanes));
-    Vec<float> even_sum{}, odd_sum{};
-    for (int64_t j = begin; j < end; j += 2) {
-      const int64_t place = j * kAmxLanes + n * n_lanes;
-      const Vec<float> even = exp_for<Stored>(load(scores + place) * factor - subtracted);
-      const Vec<float> odd = exp_for<Stored>(load(scores + place + kAmxLanes) * factor - subtracted);
-      even_sum += even;
-      odd_sum += odd;
-      uint16_t* to = pairs + (j - begin) * kAmxLanes + 2 * n * n_lanes;
-      if constexpr (kDropout) {
-        store_pairs<Stored>(to, kPieceStride, even, odd, kept[(n * kAmxKeys + j) / 2]);
-      } else {
-        store_pairs<Stored>(to, kPieceStride, even, odd);
-      }
-    }
-    float* total = sum + n * n_lanes;
-    store(total, load(total) * load(rescale + n * n_lanes) + (even_sum + odd_sum));
-  }
-}
-
-// How far (as a logarithm) weights may exceed 1 before the maximum that is subtracted from the scores is moved.
-constexpr float kMaximumSlack = 8.0f;
-
-// Keeps the old maximum where the new one is hardly larger: any number near the maximum serves as well, and with it the
-// output so far stays as it is. Sets rescale[lane], what the output is multiplied by; false if that is 1 everywhere.
-TA_INLINE bool settle_maximum(const float* old_maximum, float* maximum, float* rescale) {
-  bool changed = false;
-  for (int n = 0; n < kAmxVectors; ++n) {
-    const Vec<float> before = load(old_maximum + n * kLanes<float>), highest = load(maximum + n * kLanes<float>);
-    const Vec<float> now = highest > before + kMaximumSlack ? highest : before;
-    store(maximum + n * kLanes<float>, now);
-    store(rescale + n * kLanes<float>, OnlineSoftmax<VectorMath<float>>::rescale(before, now));
-    changed = changed || _mm512_cmp_ps_mask(before, now, _CMP_NEQ_UQ) != 0;
-  }
-  return changed;
+  return kPiecesOf<Stored> == 1 && larger(p.head_dim, p.value_dim) > 64 ? kAmxKeys : kAmxKeys / 2;
 }
 
 template <class Stored>
@@ -115,16 +53,24 @@ struct AmxForward {
     uint16_t* query;                               // B operands: [lane offset · head_dim][head_dim / 2][lane][2]
     float* out;                                    // [lane offset · value_dim][value_dim][lane]
     float *maximum, *old_maximum, *sum, *rescale;  // [lane]
-    float *scores, *bias, *staging;                // one tile: [key][lane]
-    uint32_t* kept;                                // of the same tile, by DropoutPairs
+    float *bias, *staging;                         // one tile: [key][lane]
     uint16_t* weights;                             // a B operand
+  };
+
+  // A panel's scores with a block of keys.
+  struct Tile {
+    int64_t offset;
+    KeySpan span;
+    float* scores;   // [key][lane], divided by factor
+    uint32_t* kept;  // by DropoutPairs
+    float factor;
+    bool rescaled;  // see settle_maximum
   };
 
   // A block of keys as A operands: keys by rows, values transposed.
   struct KeyBlock {
     int64_t key, keys, all_keys;  // all_keys: with padding
-    HalfRows key_rows;
-    HalfRows values;  // [value_dim][all_keys]
+    TileOperand key_rows, value_columns;
     const PhiloxPanel& philox;
     const PhiloxPanel::Groups& groups;  // with dropout
   };
@@ -147,20 +93,23 @@ struct AmxForward {
     for (float** array : {&block.maximum, &block.old_maximum, &block.sum, &block.rescale}) {
       *array = scratch.take<float>(block.lanes);
     }
-    block.scores = scratch.take<float>(tile);
-    block.kept = scratch.take<uint32_t>(p.dropout_p > 0 ? kAmxKeys / 2 * kAmxVectors : 0);
+    Tile tiles[2];
+    for (Tile& memory : tiles) {
+      memory.scores = scratch.take<float>(tile);
+      memory.kept = scratch.take<uint32_t>(p.dropout_p > 0 ? kAmxKeys / 2 * kAmxVectors : 0);
+    }
     block.bias = scratch.take<float>(stage.mask ? tile : 0);
     block.staging = scratch.take<float>(stage.mask ? tile : 0);
     block.weights = scratch.take<uint16_t>(kPieces * tile);
-    auto* key_scratch = scratch.take<uint16_t>(kPieces * kAmxKeys * head_dim);
-    auto* value_scratch = scratch.take<uint16_t>(kPieces * kAmxKeys * packed_values);
+    auto* key_memory = scratch.take<uint16_t>(kPieces * kAmxKeys * head_dim);
+    auto* value_memory = scratch.take<uint16_t>(kPieces * kAmxKeys * packed_values);
     auto* value_pairs = scratch.take<uint16_t>(kAmxKeys * packed_values);
     auto* values = scratch.take<uint16_t>(kPieces * kAmxKeys * packed_values);
 
     load_query(block, scratch);
     start(block);
     const KeyRange range = stage.band.keys_of_any(block.row, block.row + block.rows);
-    const int64_t key_block_size = amx_key_block(p);
+    const int64_t key_block_size = amx_key_block<Stored>(p);
     const PhiloxPanel philox(dropout, p.dropout_batch_head(block.batch, block.head));
     PhiloxPanel::Groups groups;
     // Groups of keys that share random bits are not torn.
@@ -171,21 +120,18 @@ struct AmxForward {
       if (stage.mask_is_per_key()) {
         if (!load_bias_per_key(stage.mask_rows, key, keys, block.bias, bias)) continue;
       }
-      const HalfRows key_rows =
-          half_rows<Stored>(p.key, block.batch, kv_head, key, keys, p.head_dim, all_keys, head_dim, key_scratch);
-      const HalfRows value_rows = half_rows<Stored>(p.value, block.batch, kv_head, key, keys, p.value_dim, all_keys,
-                                                    packed_values, value_scratch);
-      for (int piece = 0; piece < kPieces; ++piece) {
-        transpose_rows(values + piece * all_keys * packed_values, value_rows.piece(piece), all_keys, packed_values,
-                       value_pairs);
-      }
+      const TileOperand key_rows =
+          Source<Stored>(p.key, block.batch, kv_head, key, keys, p.head_dim, all_keys, head_dim, key_memory).by_rows();
+      const TileOperand value_columns =
+          Source<Stored>(p.value, block.batch, kv_head, key, keys, p.value_dim, all_keys, packed_values, value_memory)
+              .by_columns(values, value_pairs);
       if (p.dropout_p > 0) {
         philox.groups(key / Dropout::kKeysPerCall, all_keys / Dropout::kKeysPerCall, groups);
       }
-      const KeyBlock key_block{key,    keys,  all_keys, key_rows, {values, all_keys, all_keys * packed_values},
-                               philox, groups};
+      const KeyBlock key_block{key, keys, all_keys, key_rows, value_columns, philox, groups};
       const int64_t panels = block.lanes / kAmxLanes;
       const NextRows next(p, block.batch, kv_head, key + keys, key_block_size, range.end - key - keys, panels);
+      Tile *now = &tiles[0], *waiting = nullptr;
       for (int64_t i = 0; i < panels; ++i) {
         RowsAhead ahead;
         next.add_share(i, ahead);
@@ -193,22 +139,24 @@ struct AmxForward {
         add_bias(stage.mask_rows, block.row + offset, smaller(kAmxLanes, block.rows - offset),
                  offset > 0 ? key : key + keys, key_block_size, ahead);
         ahead.divide(kPortions);
-        add_keys(block, i * kAmxLanes, stage, bias, key_block, ahead);
+        now->offset = i * kAmxLanes;
+        if (add_scores(block, *now, waiting, stage, bias, key_block, ahead)) {
+          waiting = now;
+          now = &tiles[now == &tiles[0] ? 1 : 0];
+        }
         ahead.ask_for_rest();
       }
+      if (waiting != nullptr) add_values(block, *waiting, key_block);
     }
     finish(block, scratch);
   }
 
   void load_query(const Block& block, Scratch& scratch) const {
     auto* memory = scratch.take<uint16_t>(kPieces * block.rows * head_dim);
-    const HalfRows rows = half_rows<Stored>(p.query, block.batch, block.head, block.row, block.rows, p.head_dim,
-                                            block.rows, head_dim, memory);
+    const Source<Stored> rows(p.query, block.batch, block.head, block.row, block.rows, p.head_dim, block.rows, head_dim,
+                              memory);
     for (int64_t offset = 0; offset < block.lanes; offset += kAmxLanes) {
-      for (int piece = 0; piece < kPieces; ++piece) {
-        pack_pairs(block.query + piece * block.lanes * head_dim + offset * head_dim, kAmxLanes,
-                   rows.piece(piece).from_row(offset), block.rows - offset, head_dim);
-      }
+      rows.lanes(block.query + offset * head_dim, block.lanes * head_dim, offset, kAmxLanes);
     }
   }
 
@@ -221,69 +169,108 @@ struct AmxForward {
     fill<float>(block.out, 0, block.lanes * value_dim);
   }
 
-  TA_NOINLINE void add_keys(const Block& block, int64_t offset, const ScoreStage<float>& stage, BiasTile<float> bias,
-                            const KeyBlock& keys, RowsAhead& ahead) const {
-    const int64_t row = block.row + offset, rows = smaller(kAmxLanes, block.rows - offset);
-    const KeySpan span = KeySpan::of(stage.band, row, rows, keys.key, keys.all_keys, kTileDepth);
-    if (span.empty()) return;
+  // The scores of one panel, up to its new maximum; false if it attends none of the keys. The panel before, which waits
+  // with its scores, is finished meanwhile: products alone leave the vector units idle, and exponentials the tiles.
+  TA_NOINLINE bool add_scores(const Block& block, Tile& tile, const Tile* waiting, const ScoreStage<float>& stage,
+                              BiasTile<float> bias, const KeyBlock& keys, RowsAhead& ahead) const {
+    const int64_t row = block.row + tile.offset, rows = smaller(kAmxLanes, block.rows - tile.offset);
+    const KeySpan span = tile.span = KeySpan::of(stage.band, row, rows, keys.key, keys.all_keys, kTileDepth);
+    if (span.empty()) return false;
     if (stage.mask && !stage.mask_is_per_key() &&
         !load_bias_per_lane(stage.mask_rows, row, rows, kAmxLanes, keys.key, span.begin, span.end, block.staging,
                             block.bias, bias)) {
-      return;
+      return false;
     }
-    const int64_t count = span.end - span.begin;
     ahead.ask_for_portion();
-    const TileOperand key_operand = keys.key_rows.operand(span.begin, 0);
-    const TileOperand query_operand{block.query + offset * head_dim, kAmxLanes * 4, kTileDepth / 2 * kAmxLanes * 4,
-                                    block.lanes * head_dim * 2};
-    if (p.dropout_p > 0) {
-      add_scores_and_dropout(block, row, keys, span, key_operand, query_operand);
+    const auto multiply = [&]<int kParts>() TA_INLINE_LAMBDA {
+      (this->*(p.dropout_p > 0 ? &AmxForward::multiply_keys<true, kParts> : &AmxForward::multiply_keys<false, kParts>))(
+          block, tile, waiting, keys);
+    };
+    // A block of 32 keys has 32 parts.
+    if (head_dim <= 64) {
+      multiply.template operator()<16>();
+    } else if (head_dim <= 128) {
+      multiply.template operator()<8>();
     } else {
-      tile_product<false, kDots<Stored>>(count / kTileSide, kAmxVectors, head_dim / kTileDepth, key_operand,
-                                         query_operand, block.scores + span.begin * kAmxLanes, kAmxLanes);
+      multiply.template operator()<4>();
     }
+    ahead.ask_for_portion();
+    if (waiting != nullptr) multiply_values(block, *waiting, keys);
+    ahead.ask_for_portion();
 
-    ahead.ask_for_portion();
-    float *maximum = block.maximum + offset, *old_maximum = block.old_maximum + offset,
-          *rescale = block.rescale + offset;
+    float *maximum = block.maximum + tile.offset, *old_maximum = block.old_maximum + tile.offset;
     __builtin_memcpy(old_maximum, maximum, kAmxLanes * sizeof(float));
-    float factor = stage.dot_factor();
-    if (stage.changes_elements(bias) || span.has_edges() || !(factor > 0)) {
-      modify_scores<float, kAmxVectors>(stage, bias, span.has_edges(), row, keys.key, span.begin, span.end, factor,
-                                        block.scores, nullptr, maximum);
-      factor = 1;
+    tile.factor = stage.dot_factor();
+    if (stage.changes_elements(bias) || span.has_edges() || !(tile.factor > 0)) {
+      modify_scores<float, kAmxVectors>(stage, bias, span.has_edges(), row, keys.key, span.begin, span.end, tile.factor,
+                                        tile.scores, nullptr, maximum);
+      tile.factor = 1;
     } else {
-      raise_maximum(span.begin, span.end, factor, block.scores, maximum);
+      raise_maximum(span.begin, span.end, tile.factor, tile.scores, maximum);
     }
+    tile.rescaled = settle_maximum(old_maximum, maximum, block.rescale + tile.offset);
     ahead.ask_for_portion();
-    const bool rescaled = settle_maximum(old_maximum, maximum, rescale);
-    (p.dropout_p > 0 ? softmax_pairs<Stored, true>
-                     : softmax_pairs<Stored, false>)(span.begin, span.end, factor, block.scores, block.kept, maximum,
-                                                     rescale, block.sum + offset, block.weights);
-    ahead.ask_for_portion();
-    float* out = block.out + offset * value_dim;
-    if (rescaled) {
+    return true;
+  }
+
+  // The dots of a panel; beside them what dropout keeps, and the weights of the panel that waits, kParts of
+  // SoftmaxPairs in each step.
+  template <bool kDropout, int kParts>
+  TA_NOINLINE void multiply_keys(const Block& block, const Tile& tile, const Tile* waiting,
+                                 const KeyBlock& keys) const {
+    const int64_t begin = tile.span.begin, count = tile.span.end - begin;
+    const int64_t m_tiles = count / kTileSide, steps = head_dim / kTileDepth;
+    const TileOperand key_operand = keys.key_rows.from_row(begin);
+    const TileOperand query_operand{block.query + tile.offset * head_dim, kAmxLanes * 4, kTileDepth / 2 * kAmxLanes * 4,
+                                    block.lanes * head_dim * 2};
+    float* scores = tile.scores + begin * kAmxLanes;
+    SoftmaxPairs<Stored, kDropout, kParts> softmax;
+    if (waiting != nullptr) softmax = softmax_of<kDropout, kParts>(block, *waiting);
+    if constexpr (kDropout) {
+      DropoutPairs<kParts / 4> drop(keys.philox, keys.groups, dropout.limit, block.row + tile.offset,
+                                    begin / Dropout::kKeysPerCall, count / Dropout::kKeysPerCall,
+                                    tile.kept + begin / 2);
+      BothBeside both{drop, softmax};
+      tile_product_beside<false, kDots<Stored>>(m_tiles, kAmxVectors, steps, key_operand, query_operand, scores,
+                                                kAmxLanes, both);
+      drop.finish();
+    } else {
+      tile_product_beside<false, kDots<Stored>>(m_tiles, kAmxVectors, steps, key_operand, query_operand, scores,
+                                                kAmxLanes, softmax);
+    }
+    if (waiting != nullptr) softmax.finish(block.rescale + waiting->offset, block.sum + waiting->offset);
+  }
+
+  template <bool kDropout, int kParts>
+  TA_INLINE SoftmaxPairs<Stored, kDropout, kParts> softmax_of(const Block& block, const Tile& tile) const {
+    return {tile.span.begin, tile.span.end, tile.factor, tile.scores, tile.kept, block.maximum + tile.offset,
+            block.weights};
+  }
+
+  // Finishes a panel that waits.
+  TA_NOINLINE void add_values(const Block& block, const Tile& tile, const KeyBlock& keys) const {
+    const auto weigh = [&]<bool kDropout>() TA_INLINE_LAMBDA {
+      softmax_of<kDropout, 0>(block, tile).finish(block.rescale + tile.offset, block.sum + tile.offset);
+    };
+    p.dropout_p > 0 ? weigh.template operator()<true>() : weigh.template operator()<false>();
+    multiply_values(block, tile, keys);
+  }
+
+  // Adds a panel's weighted values to its output.
+  void multiply_values(const Block& block, const Tile& tile, const KeyBlock& keys) const {
+    float* out = block.out + tile.offset * value_dim;
+    const float* rescale = block.rescale + tile.offset;
+    if (tile.rescaled) {
       for (int64_t i = 0; i < value_dim * kAmxLanes; i += kLanes<float>) {
         store(out + i, load(out + i) * load(rescale + i % kAmxLanes));
       }
     }
-    const TileOperand value_operand = keys.values.operand(0, span.begin);
+    const TileOperand value_operand = keys.value_columns.from_depth(tile.span.begin);
     const TileOperand weight_operand{block.weights, kAmxLanes * 4, kTileDepth / 2 * kAmxLanes * 4,
                                      kAmxKeys * kAmxLanes * 2};
-    tile_product<true, kSums<Stored>>(value_dim / kTileSide, kAmxVectors, count / kTileDepth, value_operand,
-                                      weight_operand, out, kAmxLanes);
-  }
-
-  // The scores, and beside them what dropout keeps: products alone leave the vector units idle.
-  TA_NOINLINE void add_scores_and_dropout(const Block& block, int64_t row, const KeyBlock& keys, const KeySpan& span,
-                                          const TileOperand& key_operand, const TileOperand& query_operand) const {
-    const int64_t count = span.end - span.begin, m_tiles = count / kTileSide, steps = head_dim / kTileDepth;
-    DropoutPairs beside(keys.philox, keys.groups, dropout.limit, row, span.begin / Dropout::kKeysPerCall,
-                        count / Dropout::kKeysPerCall, m_tiles * kAmxVectors * steps * kDots<Stored>.count(),
-                        block.kept + span.begin / 2);
-    tile_product_beside<false, kDots<Stored>>(m_tiles, kAmxVectors, steps, key_operand, query_operand,
-                                              block.scores + span.begin * kAmxLanes, kAmxLanes, beside);
-    beside.finish();
+    tile_product<true, kSums<Stored>>(value_dim / kTileSide, kAmxVectors,
+                                      (tile.span.end - tile.span.begin) / kTileDepth, value_operand, weight_operand,
+                                      out, kAmxLanes);
   }
 
   void finish(const Block& block, Scratch& scratch) const {
