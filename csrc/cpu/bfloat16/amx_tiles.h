@@ -32,24 +32,32 @@ TA_INLINE void multiply_tiles(const TileOperand& a, int64_t a_offset, const Tile
   constexpr bool new_a = now.a != before.a, new_b = now.b != before.b;
   if constexpr (new_a) _tile_loadd(4, a.tile(step, a_offset, now.a), a.row_bytes);
   if constexpr (new_b) _tile_loadd(6, b.tile(step, b_offset, now.b), b.row_bytes);
+  constexpr int kSlot = kNumber * kM * kN, kSlots = kProducts.count() * kM * kN;
   _tile_dpbf16ps(0, 4, 6);
+  beside.template slot<kSlot, kSlots>();
   if constexpr (kN == 2) {
     if constexpr (new_b) _tile_loadd(7, b.tile(step, b_offset + 64, now.b), b.row_bytes);
     _tile_dpbf16ps(1, 4, 7);
+    beside.template slot<kSlot + 1, kSlots>();
   }
   if constexpr (kM == 2) {
     if constexpr (new_a) _tile_loadd(5, a.tile(step, a_offset + kTileSide * a.row_bytes, now.a), a.row_bytes);
     _tile_dpbf16ps(2, 5, 6);
-    if constexpr (kN == 2) _tile_dpbf16ps(3, 5, 7);
+    beside.template slot<kSlot + kN, kSlots>();
+    if constexpr (kN == 2) {
+      _tile_dpbf16ps(3, 5, 7);
+      beside.template slot<kSlot + 3, kSlots>();
+    }
   }
-  beside(kM * kN);
   if constexpr (kNumber + 1 < kProducts.count()) {
     multiply_tiles<kProducts, kM, kN, kNumber + 1>(a, a_offset, b, b_offset, step, beside);
   }
 }
 
-// kM × kN (each 1 or 2) tiles of C. C's tiles are 0 … 3, A's 4 and 5, B's 6 and 7. beside(tiles) is called after each
-// step's products, of which there are `tiles`: for 16 cycles each, the vector units have nothing to do.
+// kM × kN (each 1 or 2) tiles of C. C's tiles are 0 … 3, A's 4 and 5, B's 6 and 7. After each multiplication the vector
+// units have nothing to do for 16 cycles: there beside.slot<its number, of so many in a step>() is called. What it does
+// must be known at compile time: with a branch that reads memory, which waits for the tiles' loads before it, D 64
+// gained nothing.
 template <PieceProducts kProducts, int kM, int kN, bool kAccumulate, class Beside>
 TA_INLINE void tile_block(int64_t steps, const TileOperand& a, int64_t m, const TileOperand& b, int64_t n, float* c,
                           int64_t c_stride, Beside& beside) {
@@ -74,18 +82,29 @@ TA_INLINE void tile_block(int64_t steps, const TileOperand& a, int64_t m, const 
   if constexpr (kM == 2 && kN == 2) _tile_stored(3, c1 + kTileSide, c_bytes);
 }
 
-// How often tile_product_beside calls beside.
-template <PieceProducts kProducts>
-TA_INLINE int64_t calls_beside(int64_t m_tiles, int64_t n_tiles, int64_t steps) {
-  return (m_tiles + 1) / 2 * ((n_tiles + 1) / 2) * steps * kProducts.count();
-}
+constexpr bool kCallsBeside = true;
 
-// c = a · b, or c += a · b, for m_tiles × n_tiles tiles of c and a sum over `steps` tile depths of numbers in
-// pieces.
+// c = a · b, or c += a · b, for m_tiles × n_tiles (both even) tiles of c and a sum over `steps` tile depths of numbers
+// in pieces.
 template <bool kAccumulate, PieceProducts kProducts, class Beside>
 TA_INLINE void tile_product_beside(int64_t m_tiles, int64_t n_tiles, int64_t steps, TileOperand a, TileOperand b,
                                    float* c, int64_t c_stride, Beside& beside) {
   // GCC's tile intrinsics do not tell the compiler that they read and write memory.
+  asm volatile("" ::: "memory");
+  for (int64_t n = 0; n < n_tiles; n += 2) {
+    for (int64_t m = 0; m < m_tiles; m += 2) {
+      tile_block<kProducts, 2, 2, kAccumulate>(steps, a, m, b, n, c + m * kTileSide * c_stride + n * kTileSide,
+                                               c_stride, beside);
+    }
+  }
+  asm volatile("" ::: "memory");
+}
+
+// The same with nothing beside it, for any number of tiles.
+template <bool kAccumulate, PieceProducts kProducts = kOneProduct>
+TA_NOINLINE void tile_product(int64_t m_tiles, int64_t n_tiles, int64_t steps, TileOperand a, TileOperand b, float* c,
+                              int64_t c_stride) {
+  NothingBeside nothing;
   asm volatile("" ::: "memory");
   for (int64_t n = 0; n < n_tiles; n += 2) {
     const bool two_columns = n + 1 < n_tiles;
@@ -93,24 +112,17 @@ TA_INLINE void tile_product_beside(int64_t m_tiles, int64_t n_tiles, int64_t ste
       const bool two_rows = m + 1 < m_tiles;
       float* place = c + m * kTileSide * c_stride + n * kTileSide;
       if (two_rows && two_columns) {
-        tile_block<kProducts, 2, 2, kAccumulate>(steps, a, m, b, n, place, c_stride, beside);
+        tile_block<kProducts, 2, 2, kAccumulate>(steps, a, m, b, n, place, c_stride, nothing);
       } else if (two_columns) {
-        tile_block<kProducts, 1, 2, kAccumulate>(steps, a, m, b, n, place, c_stride, beside);
+        tile_block<kProducts, 1, 2, kAccumulate>(steps, a, m, b, n, place, c_stride, nothing);
       } else if (two_rows) {
-        tile_block<kProducts, 2, 1, kAccumulate>(steps, a, m, b, n, place, c_stride, beside);
+        tile_block<kProducts, 2, 1, kAccumulate>(steps, a, m, b, n, place, c_stride, nothing);
       } else {
-        tile_block<kProducts, 1, 1, kAccumulate>(steps, a, m, b, n, place, c_stride, beside);
+        tile_block<kProducts, 1, 1, kAccumulate>(steps, a, m, b, n, place, c_stride, nothing);
       }
     }
   }
   asm volatile("" ::: "memory");
-}
-
-template <bool kAccumulate, PieceProducts kProducts = kOneProduct>
-TA_NOINLINE void tile_product(int64_t m_tiles, int64_t n_tiles, int64_t steps, TileOperand a, TileOperand b, float* c,
-                              int64_t c_stride) {
-  NothingBeside nothing;
-  tile_product_beside<kAccumulate, kProducts>(m_tiles, n_tiles, steps, a, b, c, c_stride, nothing);
 }
 
 }  // namespace torch_attn::cpu::TORCH_ATTN_ISA

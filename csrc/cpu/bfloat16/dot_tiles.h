@@ -63,16 +63,13 @@ TA_NOINLINE void tile_product(int64_t m_tiles, int64_t n_tiles, int64_t steps, T
   }
 }
 
-// The product leaves no unit idle: what is to be done beside it comes after.
-template <PieceProducts kProducts>
-TA_INLINE int64_t calls_beside(int64_t, int64_t, int64_t) {
-  return 1;
-}
+constexpr bool kCallsBeside = false;
+
+// The product leaves no unit idle: what could be done beside it is left to whoever calls.
 template <bool kAccumulate, PieceProducts kProducts, class Beside>
 TA_INLINE void tile_product_beside(int64_t m_tiles, int64_t n_tiles, int64_t steps, TileOperand a, TileOperand b,
-                                   float* c, int64_t c_stride, Beside& beside) {
+                                   float* c, int64_t c_stride, Beside&) {
   tile_product<kAccumulate, kProducts>(m_tiles, n_tiles, steps, a, b, c, c_stride);
-  beside(m_tiles * n_tiles * steps);
 }
 
 }  // namespace torch_attn::cpu::TORCH_ATTN_ISA

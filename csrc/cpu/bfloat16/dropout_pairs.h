@@ -8,27 +8,29 @@
 namespace torch_attn::cpu::TORCH_ATTN_ISA {
 
 // Bit 2 · lane + key % 2 of out[vector · kAmxKeys / 2 + pair of keys], for kAmxLanes rows from `row` on, which is even,
-// and `count` groups of keys. Done in parts, beside a tile product of `tiles` multiplications.
+// and `count` groups of keys. Done in parts beside tile products, of which each step of one 2 × 2 block takes kParts
+// groups.
+template <int kParts>
 class DropoutPairs {
  public:
   TA_INLINE DropoutPairs(const PhiloxPanel& philox, const PhiloxPanel::Groups& groups, int32_t limit, int64_t row,
-                         int64_t first_group, int64_t count, int64_t tiles, uint32_t* out)
+                         int64_t first_group, int64_t count, uint32_t* out)
       : philox_(philox),
         groups_(groups),
         limit_(_mm512_set1_epi16(static_cast<int16_t>(limit >> 16))),
         count_(count),
-        tiles_(tiles),
         first_group_(first_group),
         out_(out) {
 #pragma GCC unroll 2
     for (int n = 0; n < kAmxVectors; ++n) rows_[n] = philox_.rows(row + n * kLanes<float>);
   }
 
-  TA_INLINE void operator()(int64_t tiles) {
-    due_ += tiles * count_;
-    while (done_ * tiles_ < due_) add_group();
+  template <int kSlot, int kSlots>
+  TA_INLINE void slot() {
+    if constexpr (kSlot * kParts / kSlots < (kSlot + 1) * kParts / kSlots) {
+      if (done_ < count_) add_group();
+    }
   }
-  // A product of no columns has no tiles.
   TA_INLINE void finish() {
     while (done_ < count_) add_group();
   }
@@ -51,7 +53,7 @@ class DropoutPairs {
   const PhiloxPanel::Groups& groups_;
   PhiloxPanel::Rows rows_[kAmxVectors];
   __m512i limit_;
-  int64_t count_, tiles_, first_group_, done_ = 0, due_ = 0;
+  int64_t count_, first_group_, done_ = 0;
   uint32_t* out_;
 };
 

@@ -22,28 +22,39 @@ struct TileOperand {
   int64_t step_bytes;
   int64_t piece_bytes = 0;
 
+  // The same from a tile row or a number along the sum (a multiple of kTileDepth) on.
+  TA_INLINE TileOperand from_row(int64_t row) const { return moved(row * row_bytes); }
+  TA_INLINE TileOperand from_depth(int64_t number) const { return moved(number / kTileDepth * step_bytes); }
+
   TA_INLINE const char* tile(int64_t step, int64_t byte_offset, int piece = 0) const {
     return static_cast<const char*>(data) + piece * piece_bytes + step * step_bytes + byte_offset;
+  }
+  TA_INLINE TileOperand moved(int64_t bytes) const {
+    return {static_cast<const char*>(data) + bytes, row_bytes, step_bytes, piece_bytes};
   }
 };
 
 // What is done beside a tile product: nothing.
 struct NothingBeside {
-  TA_INLINE void operator()(int64_t) const {}
+  template <int kSlot, int kSlots>
+  TA_INLINE void slot() const {}
 };
 
-// Rows of bfloat16 or of numbers' first pieces, whose other pieces follow; strides count elements.
+template <class First, class Second>
+struct BothBeside {
+  First& first;
+  Second& second;
+  template <int kSlot, int kSlots>
+  TA_INLINE void slot() const {
+    first.template slot<kSlot, kSlots>();
+    second.template slot<kSlot, kSlots>();
+  }
+};
+
+// bfloat16 rows, whose stride counts elements.
 struct HalfRows {
   const uint16_t* data;
   int64_t stride;
-  int64_t piece_stride = 0;
-
-  TA_INLINE HalfRows piece(int number) const { return {data + number * piece_stride, stride}; }
-  TA_INLINE HalfRows from_row(int64_t row) const { return {data + row * stride, stride, piece_stride}; }
-  // As an A operand that starts there.
-  TA_INLINE TileOperand operand(int64_t row, int64_t column) const {
-    return {data + row * stride + column, stride * 2, kTileDepth * 2, piece_stride * 2};
-  }
 };
 
 // Copies rows [row, row + rows) of one head to out, all_rows × all_columns, padded with zeros.
@@ -61,58 +72,10 @@ TA_INLINE void copy_half_rows(uint16_t* out, const TensorView& view, int64_t bat
     __builtin_memset(out + rows * all_columns, 0, (all_rows - rows) * all_columns * sizeof(uint16_t));
 }
 
-// A row of numbers becomes a row of each piece; up to all_columns, a multiple of 32, these are 0.
-template <class Stored>
-TA_INLINE void split_row(uint16_t* out, int64_t piece_stride, const Stored* in, int64_t columns, int64_t all_columns) {
-  constexpr int n = kLanes<float>;
-  for (int64_t j = 0; j < all_columns; j += 2 * n) {
-    Vec<float> x[2];
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) {
-      const int64_t first = j + i * n;
-      if (first + n <= columns) {
-        x[i] = load_as(in + first);
-      } else {
-        float part[n] = {};
-        for (int64_t k = first; k < columns; ++k) part[k - first] = static_cast<float>(in[k]);
-        x[i] = load(part);
-      }
-    }
-#pragma GCC unroll 3
-    for (int piece = 0; piece < kPiecesOf<Stored>; ++piece) {
-      const Vec<float> low = take_piece_of_any(x[0]), high = take_piece_of_any(x[1]);
-      _mm512_storeu_si512(out + piece * piece_stride + j, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-    }
-  }
-}
-
-// Rows [row, row + rows) of one head in pieces, each all_rows × all_columns in out, padded with zeros.
-template <class Stored>
-TA_NOINLINE void split_rows(uint16_t* out, const TensorView& view, int64_t batch, int64_t head, int64_t row,
-                            int64_t rows, int64_t columns, int64_t all_rows, int64_t all_columns) {
-  const int64_t piece_stride = all_rows * all_columns;
-  for_each_run(view, batch, head, row, rows, [&](const char* first, int64_t run, int64_t count) TA_INLINE_LAMBDA {
-    for (int64_t i = 0; i < count; ++i) {
-      split_row(out + (run + i) * all_columns, piece_stride,
-                reinterpret_cast<const Stored*>(first) + i * view.stride[2], columns, all_columns);
-    }
-  });
-  for (int piece = 0; rows < all_rows && piece < kPiecesOf<Stored>; ++piece) {
-    __builtin_memset(out + piece * piece_stride + rows * all_columns, 0,
-                     (all_rows - rows) * all_columns * sizeof(uint16_t));
-  }
-}
-
-// Rows [row, row + rows) of one head as all_rows × all_columns bfloat16 or pieces, padded with zeros: in place where
-// nothing needs splitting or padding and rows can be read as pairs, else copied into scratch (all_rows × all_columns
-// of each piece).
-template <class Stored = BFloat16>
+// Rows [row, row + rows) of one head as all_rows × all_columns bfloat16, padded with zeros: in place where nothing
+// needs padding and rows can be read as pairs, else copied into scratch (all_rows × all_columns).
 TA_INLINE HalfRows half_rows(const TensorView& view, int64_t batch, int64_t head, int64_t row, int64_t rows,
                              int64_t columns, int64_t all_rows, int64_t all_columns, uint16_t* scratch) {
-  if constexpr (kPiecesOf<Stored> > 1) {
-    split_rows<Stored>(scratch, view, batch, head, row, rows, columns, all_rows, all_columns);
-    return {scratch, all_columns, all_rows * all_columns};
-  }
   if (rows == all_rows && columns == all_columns && is_one_run(view, row, rows)) {
     const auto* first = reinterpret_cast<const uint16_t*>(element(view, batch, head, row));
     const bool paired = view.stride[2] % 2 == 0 && reinterpret_cast<uintptr_t>(first) % 4 == 0;
@@ -126,10 +89,8 @@ TA_INLINE HalfRows half_rows(const TensorView& view, int64_t batch, int64_t head
 typedef uint16_t HalfVec __attribute__((vector_size(64)));
 typedef uint16_t HalfVecUnaligned __attribute__((vector_size(64), aligned(2), may_alias));
 
-// out[i / 2][column][i % 2] = rows[i][column]; rows and columns are multiples of 2 and 32. A pair is of two rows that
-// lie kApart (a divisor of 16) apart.
-template <int kApart = 1>
-TA_NOINLINE void pair_rows(uint16_t* out, HalfRows in, int64_t rows, int64_t columns) {
+// out[i / 2][column][i % 2] = rows[i][column]; rows and columns are multiples of 2 and 32.
+TA_NOINLINE inline void pair_rows(uint16_t* out, HalfRows in, int64_t rows, int64_t columns) {
   HalfVec low{}, high{};
 #pragma GCC unroll 32
   for (int i = 0; i < 32; ++i) {
@@ -137,11 +98,9 @@ TA_NOINLINE void pair_rows(uint16_t* out, HalfRows in, int64_t rows, int64_t col
     high[i] = static_cast<uint16_t>((i & 1) * 32 + i / 2 + 16);
   }
   for (int64_t i = 0; i < rows; i += 2) {
-    const int64_t first = i / (2 * kApart) * (2 * kApart) + i / 2 % kApart;
     for (int64_t j = 0; j < columns; j += 32) {
-      const uint16_t* from = in.data + first * in.stride + j;
-      const HalfVec a = *reinterpret_cast<const HalfVecUnaligned*>(from);
-      const HalfVec b = *reinterpret_cast<const HalfVecUnaligned*>(from + kApart * in.stride);
+      const HalfVec a = *reinterpret_cast<const HalfVecUnaligned*>(in.data + i * in.stride + j);
+      const HalfVec b = *reinterpret_cast<const HalfVecUnaligned*>(in.data + (i + 1) * in.stride + j);
       uint16_t* place = out + i * columns + 2 * j;
       *reinterpret_cast<HalfVecUnaligned*>(place) = __builtin_shuffle(a, b, low);
       *reinterpret_cast<HalfVecUnaligned*>(place + 32) = __builtin_shuffle(a, b, high);
@@ -210,7 +169,7 @@ TA_INLINE void store_pairs(uint16_t* out, Vec<float> first, Vec<float> second) {
 }
 
 // Rows of a score tile as an A operand, whose sum runs over its 32 lanes, the numbers of two vectors: one after the
-// other, or in pieces, alternating. pair_lanes makes the B operand that goes with it.
+// other, or in pieces, alternating. The B operand's pairs of rows (operands.h) must be as far apart.
 template <class Stored>
 constexpr int kLanesApart = kPiecesOf<Stored> == 1 ? 1 : kLanes<float>;
 template <class Stored>

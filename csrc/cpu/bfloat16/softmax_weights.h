@@ -273,8 +273,8 @@ struct AmxSoftmaxWeights {
     Ahead next_values = with_output ? ahead(values + kKeys * shared.value_columns, shared.value_columns, panel)
                                     : Ahead{nullptr, nullptr};
     for (int64_t j = span.begin; j < span.end; j += kTileSide) {
-      softmax_pairs<BFloat16, false>(j, j + kTileSide, factor, task.scores, nullptr, maximum,
-                                     j == span.begin ? task.rescale : task.ones, sum, pairs + j * kAmxLanes);
+      SoftmaxPairs<BFloat16, false>(j, j + kTileSide, factor, task.scores, nullptr, maximum, pairs + j * kAmxLanes)
+          .finish(j == span.begin ? task.rescale : task.ones, sum);
       next_values.ask();
     }
     if (!with_output) return;

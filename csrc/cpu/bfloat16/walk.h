@@ -50,15 +50,12 @@ struct AmxRowBlock {
 
  private:
   void pack(const TensorView& view, int64_t columns, int64_t all_columns, uint16_t* panels, uint16_t* pairs) {
-    const HalfRows in = half_rows<Stored>(view, batch, head, row, rows, columns, lanes, all_columns, row_memory_);
-    for (int piece = 0; piece < kPieces; ++piece) {
-      const HalfRows numbers = in.piece(piece);
-      const int64_t place = piece * all_rows * all_columns;
-      for (int64_t offset = 0; offset < lanes; offset += kAmxLanes) {
-        pack_pairs(panels + place + offset * all_columns, kAmxLanes, numbers.from_row(offset), kAmxLanes, all_columns);
-      }
-      pair_rows<kLanesApart<Stored>>(pairs + place, numbers, lanes, all_columns);
+    const Source<Stored> in(view, batch, head, row, rows, columns, lanes, all_columns, row_memory_);
+    const int64_t piece_stride = all_rows * all_columns;
+    for (int64_t offset = 0; offset < lanes; offset += kAmxLanes) {
+      in.lanes(panels + offset * all_columns, piece_stride, offset, kAmxLanes);
     }
+    in.row_pairs(pairs, piece_stride);
   }
 
   uint16_t* row_memory_;
@@ -187,7 +184,7 @@ struct AmxWalk {
   float *scores, *gradients;  // one tile: [key][lane]
   HalfTiles half_tiles;       // of all panels: [panel][key][lane]
   float *grad_query, *grad_query_rows, *ones;
-  uint16_t *key_scratch, *value_scratch, *key_pairs, *keys_transposed;
+  uint16_t *key_memory, *value_memory, *key_pairs, *keys_transposed;
 
   AmxWalk(const AttentionProblem& problem, const BackwardTensors& tensors, const BackwardPlan& backward_plan,
           int64_t batch_index, int64_t kv_head_index, float* key_gradient, float* value_gradient, Scratch& scratch)
@@ -213,8 +210,8 @@ struct AmxWalk {
     grad_query_rows = scratch.take<float>(kAmxLanes * query_columns);
     ones = scratch.take<float>(kAmxLanes);
     fill<float>(ones, 1, kAmxLanes);
-    key_scratch = scratch.take<uint16_t>(kPieces * kAmxKeys * head_dim);
-    value_scratch = scratch.take<uint16_t>(kPieces * kAmxKeys * value_dim);
+    key_memory = scratch.take<uint16_t>(kPieces * kAmxKeys * head_dim);
+    value_memory = scratch.take<uint16_t>(kPieces * kAmxKeys * value_dim);
     key_pairs = scratch.take<uint16_t>(kAmxKeys * head_dim);
     keys_transposed = scratch.take<uint16_t>(kPieces * kAmxKeys * head_dim);
   }
@@ -222,7 +219,7 @@ struct AmxWalk {
   // A block of keys as A operands.
   struct KeyBlock {
     int64_t key, keys, all_keys;
-    HalfRows key_rows, value_rows;
+    TileOperand key_rows, key_columns, value_rows;
   };
 
   float over_keys(Block& block) {
@@ -230,18 +227,17 @@ struct AmxWalk {
     if (plan.needs_query) fill<float>(grad_query, 0, block.lanes * query_columns);
     float slope_gradient = 0;
     const KeyRange range = stage.band.keys_of_any(block.row, block.row + block.rows);
-    const int64_t key_block_size = amx_key_block(p);
+    const int64_t key_block_size = amx_key_block<Stored>(p);
     for (int64_t key = range.begin; key < range.end; key += key_block_size) {
-      KeyBlock keys{key, smaller(key_block_size, range.end - key), 0, {}, {}};
+      KeyBlock keys{key, smaller(key_block_size, range.end - key), 0, {}, {}, {}};
       keys.all_keys = round_up(keys.keys, kTileDepth);
-      keys.key_rows =
-          half_rows<Stored>(p.key, batch, kv_head, key, keys.keys, p.head_dim, keys.all_keys, head_dim, key_scratch);
-      keys.value_rows = half_rows<Stored>(p.value, batch, kv_head, key, keys.keys, p.value_dim, keys.all_keys,
-                                          value_dim, value_scratch);
-      for (int piece = 0; plan.needs_query && piece < kPieces; ++piece) {
-        transpose_rows(keys_transposed + piece * keys.all_keys * head_dim, keys.key_rows.piece(piece), keys.all_keys,
-                       head_dim, key_pairs);
-      }
+      const Source<Stored> key_source(p.key, batch, kv_head, key, keys.keys, p.head_dim, keys.all_keys, head_dim,
+                                      key_memory);
+      keys.key_rows = key_source.by_rows();
+      if (plan.needs_query) keys.key_columns = key_source.by_columns(keys_transposed, key_pairs);
+      keys.value_rows =
+          Source<Stored>(p.value, batch, kv_head, key, keys.keys, p.value_dim, keys.all_keys, value_dim, value_memory)
+              .by_rows();
       const NextRows next(p, batch, kv_head, key + keys.keys, key_block_size, range.end - key - keys.keys,
                           block.lanes / kAmxLanes);
       KeySpan spans[kMaxPanels];
@@ -293,10 +289,10 @@ struct AmxWalk {
     }
     const auto kept =
         kept_tile<float, kAmxVectors>(p, tile.dropout, batch, block.head, row, keys.key, span, tile.scratch.kept);
-    const auto asks = [&](int64_t dim) {
+    const auto portions = [&](int64_t dim) {
       return AskBeside<Stored>::portions(count / kTileSide, kAmxVectors, dim / kTileDepth);
     };
-    ahead.divide(asks(head_dim) + (plan.needs_scores ? asks(value_dim) : 0));
+    ahead.divide(portions(head_dim) + (plan.needs_scores ? portions(value_dim) : 0));
     AskBeside<Stored> ask(ahead);
     dots(keys.key_rows, block.query, block, offset, head_dim, span, scores, ask);
     float factor = stage.dot_factor();
@@ -319,8 +315,7 @@ struct AmxWalk {
       halve_tiles<Stored>(span.begin, span.end, scores, gradients, half);
     }
     if (plan.needs_query) {
-      const HalfRows transposed{keys_transposed, keys.all_keys, keys.all_keys * head_dim};
-      const TileOperand key_operand = transposed.operand(0, span.begin);
+      const TileOperand key_operand = keys.key_columns.from_depth(span.begin);
       const TileOperand gradient_operand{half.pairs, kAmxLanes * 4, kTileDepth / 2 * kAmxLanes * 4,
                                          HalfTiles::kPairsPieceStride * 2};
       tile_product<true, kSums<Stored>>(query_columns / kTileSide, kAmxVectors, count / kTileDepth, key_operand,
@@ -330,9 +325,9 @@ struct AmxWalk {
   }
 
   // out[key][lane] = rows[key] · panel[lane] for the keys of span and the panel that starts at lane offset.
-  static void dots(HalfRows rows, const uint16_t* panels, const Block& block, int64_t offset, int64_t dim,
+  static void dots(const TileOperand& rows, const uint16_t* panels, const Block& block, int64_t offset, int64_t dim,
                    const KeySpan& span, float* out, AskBeside<Stored>& ask) {
-    const TileOperand row_operand = rows.operand(span.begin, 0);
+    const TileOperand row_operand = rows.from_row(span.begin);
     const TileOperand panel_operand{panels + offset * dim, kAmxLanes * 4, kTileDepth / 2 * kAmxLanes * 4,
                                     block.all_rows * dim * 2};
     ask.template product<false, kDots<Stored>>((span.end - span.begin) / kTileSide, kAmxVectors, dim / kTileDepth,
