@@ -27,7 +27,7 @@ struct Backward : BackwardPlan {
 
   Backward(const AttentionProblem& problem, const Tensors& tensors, int threads) : p(problem), t(tensors) {
     group = p.heads / p.kv_heads;
-    block_rows = Walk::block_rows(p.query_length);
+    block_rows = Walk::block_rows(p);
     row_blocks = (p.query_length + block_rows - 1) / block_rows;
     needs_query = t.grad_query.defined();
     needs_key = t.grad_key.defined();

@@ -28,7 +28,7 @@ struct VectorWalk {
   using Wanted = typename Tile::Wanted;
   static constexpr int64_t kColumns = kLanes<Real>;  // the sums' row lengths are a multiple of this
   static constexpr int64_t kExtraKeys = 0;           // rows that a walk may touch after the sums' last key
-  static int64_t block_rows(int64_t rows) { return balanced_block<Real>(rows, kBackwardRows); }
+  static int64_t block_rows(const AttentionProblem& p) { return balanced_block<Real>(p.query_length, kBackwardRows); }
 
   const BackwardPlan& b;
   const AttentionProblem& p;

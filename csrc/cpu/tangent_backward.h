@@ -17,7 +17,7 @@ struct TangentWalk {
   using Wanted = typename TangentGradientTile<Real>::Wanted;
   static constexpr int64_t kColumns = kLanes<Real>;
   static constexpr int64_t kExtraKeys = 0;
-  static int64_t block_rows(int64_t rows) { return balanced_block<Real>(rows, kBackwardRows); }
+  static int64_t block_rows(const AttentionProblem& p) { return balanced_block<Real>(p.query_length, kBackwardRows); }
 
   const BackwardPlan& b;
   const AttentionProblem& p;

@@ -4,11 +4,15 @@
 
 #include "../backward_tasks.h"
 #include "forward.h"
+#include "half_tiles.h"
 
 namespace torch_attn::cpu::TORCH_ATTN_ISA {
 
-// Measured at head_dim 128: 128 and 512 rows are 13 and 6 % slower, blocks of 64 keys 6 %.
-constexpr int64_t kAmxBackwardRows = 256;
+// Query rows per task: in pieces, as many as leave room for the keys in the L2 cache.
+constexpr int64_t kAmxBackwardRows = 512;
+
+// Panels whose tiles are kept for one sum over their rows.
+constexpr int64_t kGroupPanels = 8;
 
 // The query side: what ../row_block.h holds, as operands of products. An operand's pieces are all_rows of its rows
 // apart.
@@ -16,11 +20,10 @@ template <class Stored>
 struct AmxRowBlock {
   static constexpr int kPieces = kPiecesOf<Stored>;
   int64_t batch, head, row, rows, lanes, all_rows;
-  int64_t head_dim, value_dim;  // padded to whole tile depths
-  uint16_t *query, *grad_out;   // B operands for the dots: [lane offset · dim][dim / 2][lane][2]
-  uint16_t *query_pairs,
-      *grad_pairs;           // B operands for the sums over rows, in pairs kLanesApart apart: [row / 2][column][2]
-  float *logsumexp, *delta;  // [lane]
+  int64_t head_dim, value_dim;          // padded to whole tile depths
+  uint16_t *query, *grad_out;           // B operands for the dots: [lane offset · dim][dim / 2][lane][2]
+  uint16_t *query_pairs, *grad_pairs;   // B operands for the sums over rows: [row pair][column][2]
+  float *logsumexp, *delta;             // [lane]
   const float* weight_scale = nullptr;  // calls with a large logsumexp do not come here
 
   AmxRowBlock(const AttentionProblem& p, int64_t max_rows, Scratch& scratch)
@@ -62,102 +65,6 @@ struct AmxRowBlock {
   float *grad_memory_, *out_memory_;
 };
 
-// What the products read of a panel's tile: weights after dropout and score gradients by rows (store_lanes), and the
-// gradients also as the pairs of a B operand, which starts at the tile's first key.
-struct HalfTiles {
-  uint16_t *weights, *gradients;  // [key][lane]
-  int64_t piece_stride;
-  uint16_t* pairs;
-
-  static constexpr int64_t kPairsPieceStride = kAmxKeys * kAmxLanes;
-
-  // The weights of key j.
-  template <class Stored>
-  TA_INLINE void store_weights(int64_t j, Vec<float> low, Vec<float> high) const {
-    store_lanes<Stored>(weights + j * kAmxLanes, piece_stride, low, high);
-  }
-
-  // The gradients, by key and vector, of keys j and j + 1; pairs starts at key begin.
-  template <class Stored>
-  TA_INLINE void store_gradients(int64_t j, int64_t begin, Vec<float> (&x)[2][2]) const {
-    constexpr int n_lanes = kLanes<float>;
-    uint16_t *by_rows = gradients + j * kAmxLanes, *by_pairs = pairs + (j - begin) * kAmxLanes;
-    if constexpr (kPiecesOf<Stored> == 1) {
-      store_halves(by_rows, x[0][0], x[0][1]);
-      store_halves(by_rows + kAmxLanes, x[1][0], x[1][1]);
-      store_pairs(by_pairs, x[0][0], x[1][0]);
-      store_pairs(by_pairs + 2 * n_lanes, x[0][1], x[1][1]);
-      return;
-    }
-#pragma GCC unroll 3
-    for (int piece = 0; piece < kPiecesOf<Stored>; ++piece) {
-      const Vec<float> a = take_piece(x[0][0]), b = take_piece(x[0][1]), c = take_piece(x[1][0]),
-                       d = take_piece(x[1][1]);
-      uint16_t *rows = by_rows + piece * piece_stride, *columns = by_pairs + piece * kPairsPieceStride;
-      _mm512_storeu_si512(rows, upper_halves(a, b));
-      _mm512_storeu_si512(rows + kAmxLanes, upper_halves(c, d));
-      _mm512_storeu_si512(columns, upper_halves(a, c));
-      _mm512_storeu_si512(columns + 2 * n_lanes, upper_halves(b, d));
-    }
-  }
-};
-
-// The tiles of keys [begin, end), as float, become HalfTiles.
-template <class Stored>
-TA_NOINLINE void halve_tiles(int64_t begin, int64_t end, const float* weights, const float* gradients,
-                             const HalfTiles& to) {
-  constexpr int n_lanes = kLanes<float>;
-  for (int64_t j = begin; j < end; j += 2) {
-    const int64_t even = j * kAmxLanes, odd = even + kAmxLanes;
-    to.store_weights<Stored>(j, load(weights + even), load(weights + even + n_lanes));
-    to.store_weights<Stored>(j + 1, load(weights + odd), load(weights + odd + n_lanes));
-    Vec<float> gradient[2][2] = {{load(gradients + even), load(gradients + even + n_lanes)},
-                                 {load(gradients + odd), load(gradients + odd + n_lanes)}};
-    to.store_gradients<Stored>(j, begin, gradient);
-  }
-}
-
-// weights_and_gradients without weight_scale or derivative, and halve_tiles in one pass: nothing else needs the float
-// tiles. Dropout's scale costs no instruction: weights get it in their exponents, P · (keep · g − delta) is
-// (scale · P) · (g or 0 − delta / scale), and both ways to drop are masks of instructions that are there anyway, but
-// where weights are split.
-template <class Stored, bool kDropout>
-TA_NOINLINE void plain_half_tiles(int64_t begin, int64_t end, float score_factor, const float* scores,
-                                  const float* value_dots, const float* logsumexp, const float* delta, float factor,
-                                  KeptTile<float> dropout, const HalfTiles& to) {
-  constexpr int n_lanes = kLanes<float>;
-  const float log_scale = kDropout ? __builtin_logf(dropout.scale) : 0;
-  const Vec<float> row_logsumexp[2] = {load(logsumexp) - log_scale, load(logsumexp + n_lanes) - log_scale};
-  const Vec<float> row_delta[2] = {load(delta) / dropout.scale, load(delta + n_lanes) / dropout.scale};
-  for (int64_t j = begin; j < end; j += 2) {
-    Vec<float> weight[2][2], gradient[2][2];  // [key][vector]
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) {
-      __mmask16 kept[2];
-#pragma GCC unroll 2
-      for (int n = 0; n < 2; ++n) {
-        const int64_t place = (j + i) * kAmxLanes + n * n_lanes;
-        weight[i][n] = exp_for<Stored>(load(scores + place) * score_factor - row_logsumexp[n]);
-        Vec<float> difference = load(value_dots + place) - row_delta[n];
-        if constexpr (kDropout) {
-          kept[n] = dropout.kept[(j + i) * kAmxVectors + n].lanes;
-          difference = _mm512_mask_sub_ps(-row_delta[n], kept[n], load(value_dots + place), row_delta[n]);
-        }
-        gradient[i][n] = weight[i][n] * difference * factor;
-      }
-      if constexpr (!kDropout) {
-        to.store_weights<Stored>(j + i, weight[i][0], weight[i][1]);
-      } else if constexpr (kPiecesOf<Stored> == 1) {
-        store_halves(to.weights + (j + i) * kAmxLanes, weight[i][0], weight[i][1], _mm512_kunpackw(kept[1], kept[0]));
-      } else {
-        to.store_weights<Stored>(j + i, _mm512_maskz_mov_ps(kept[0], weight[i][0]),
-                                 _mm512_maskz_mov_ps(kept[1], weight[i][1]));
-      }
-    }
-    to.store_gradients<Stored>(j, begin, gradient);
-  }
-}
-
 template <class Stored>
 struct AmxWalk {
   using Real = float;
@@ -167,10 +74,10 @@ struct AmxWalk {
   using Wanted = GradientTile<float>::Wanted;
   static constexpr int64_t kColumns = kTileSide;
   static constexpr int64_t kExtraKeys = kTileDepth;
-  static constexpr int64_t kMaxPanels = kAmxBackwardRows / kAmxLanes;
-  static int64_t block_rows(int64_t rows) {
-    const int64_t blocks = (rows + kAmxBackwardRows - 1) / kAmxBackwardRows;
-    return blocks == 0 ? kAmxLanes : round_up((rows + blocks - 1) / blocks, kAmxLanes);
+  static int64_t block_rows(const AttentionProblem& p) {
+    const int64_t most = kPieces * (p.head_dim + p.value_dim) > 512 ? kAmxBackwardRows / 2 : kAmxBackwardRows;
+    const int64_t blocks = (p.query_length + most - 1) / most;
+    return blocks == 0 ? kAmxLanes : round_up((p.query_length + blocks - 1) / blocks, kAmxLanes);
   }
 
   const BackwardPlan& plan;
@@ -181,8 +88,8 @@ struct AmxWalk {
   float *key_sums, *value_sums;
   TileSession session;
   GradientTile<float> tile;
-  float *scores, *gradients;  // one tile: [key][lane]
-  HalfTiles half_tiles;       // of all panels: [panel][key][lane]
+  int64_t key_block_size, panel_size;  // panel_size: of a panel's tile
+  HalfTiles half_tiles;                // of a group of panels: [panel][key][lane]
   float *grad_query, *grad_query_rows, *ones;
   uint16_t *key_memory, *value_memory, *key_pairs, *keys_transposed;
 
@@ -200,9 +107,14 @@ struct AmxWalk {
         value_sums(value_gradient),
         tile(p, t, scratch) {
     static_assert(kAmxKeys * kAmxLanes <= kBackwardKeys * kMaxVectors * kLanes<float>, "TileScratch is too small");
-    scores = scratch.take<float>(kAmxKeys * kAmxLanes);
-    gradients = scratch.take<float>(kAmxKeys * kAmxLanes);
-    half_tiles.piece_stride = plan.block_rows * kAmxKeys;
+    key_block_size = amx_key_block<Stored>(p);
+    panel_size = key_block_size * kAmxLanes;
+    for (Tile& memory : tiles) {
+      memory.scores = scratch.take<float>(panel_size);
+      memory.gradients = scratch.take<float>(panel_size);
+      if (p.dropout_p > 0) memory.kept = scratch.take<Kept<float>>(key_block_size * kAmxVectors);
+    }
+    half_tiles.piece_stride = kGroupPanels * panel_size;
     half_tiles.weights = scratch.take<uint16_t>(kPieces * half_tiles.piece_stride);
     half_tiles.gradients = scratch.take<uint16_t>(kPieces * half_tiles.piece_stride);
     half_tiles.pairs = scratch.take<uint16_t>(kPieces * HalfTiles::kPairsPieceStride);
@@ -222,12 +134,23 @@ struct AmxWalk {
     TileOperand key_rows, key_columns, value_rows;
   };
 
+  // A panel with a block of keys.
+  struct Tile {
+    int64_t offset;
+    KeySpan span;
+    float *scores, *gradients;  // [key][lane]; scores are divided by factor
+    Kept<float>* kept = nullptr;
+    float factor;
+    HalfTiles half;
+  };
+  Tile tiles[2];
+
   float over_keys(Block& block) {
     const ScoreStage<float> stage(p, batch, block.head);
     if (plan.needs_query) fill<float>(grad_query, 0, block.lanes * query_columns);
     float slope_gradient = 0;
     const KeyRange range = stage.band.keys_of_any(block.row, block.row + block.rows);
-    const int64_t key_block_size = amx_key_block<Stored>(p);
+    const int64_t panels = block.lanes / kAmxLanes;
     for (int64_t key = range.begin; key < range.end; key += key_block_size) {
       KeyBlock keys{key, smaller(key_block_size, range.end - key), 0, {}, {}, {}};
       keys.all_keys = round_up(keys.keys, kTileDepth);
@@ -238,40 +161,62 @@ struct AmxWalk {
       keys.value_rows =
           Source<Stored>(p.value, batch, kv_head, key, keys.keys, p.value_dim, keys.all_keys, value_dim, value_memory)
               .by_rows();
-      const NextRows next(p, batch, kv_head, key + keys.keys, key_block_size, range.end - key - keys.keys,
-                          block.lanes / kAmxLanes);
-      KeySpan spans[kMaxPanels];
-      for (int64_t i = 0; i * kAmxLanes < block.lanes; ++i) {
-        RowsAhead ahead;
-        next.add_share(i, ahead);
-        const int64_t then = (i + 1) * kAmxLanes < block.lanes ? (i + 1) * kAmxLanes : 0;
-        add_bias(stage.mask_rows, block.row + then, smaller(kAmxLanes, block.rows - then),
-                 then > 0 ? key : key + keys.keys, keys.keys, ahead);
-        spans[i] = attend(block, stage, i, keys, slope_gradient, ahead);
-        ahead.ask_for_rest();
-      }
-      if (plan.needs_value) {
-        sum_over_rows(block, spans, keys, half_tiles.weights, block.grad_pairs, value_dim, plan.value_columns,
-                      value_sums);
-      }
-      if (plan.needs_key) {
-        sum_over_rows(block, spans, keys, half_tiles.gradients, block.query_pairs, head_dim, plan.key_columns,
-                      key_sums);
+      const NextRows next(p, batch, kv_head, key + keys.keys, key_block_size, range.end - key - keys.keys, panels);
+      for (int64_t first = 0; first < panels; first += kGroupPanels) {
+        attend(block, stage, first, smaller(kGroupPanels, panels - first), keys, next, slope_gradient);
       }
     }
     if (plan.needs_query) store_grad_query(block);
     return slope_gradient;
   }
 
-  // One panel's weights and gradients with one block of keys, and its grad_query. Returns the keys that it filled in.
-  TA_NOINLINE KeySpan attend(const Block& block, const ScoreStage<float>& stage, int64_t panel, const KeyBlock& keys,
-                             float& slope_gradient, RowsAhead& ahead) {
-    const int64_t offset = panel * kAmxLanes, row = block.row + offset, rows = smaller(kAmxLanes, block.rows - offset);
-    const KeySpan span = KeySpan::of(stage.band, row, rows, keys.key, keys.all_keys, kTileDepth);
-    if (span.empty()) return span;
-    HalfTiles half = half_tiles;
-    half.weights += offset * kAmxKeys, half.gradients += offset * kAmxKeys;
-    const int64_t count = span.end - span.begin, first = span.begin * kAmxLanes;
+  // A group of panels with one block of keys.
+  TA_NOINLINE void attend(const Block& block, const ScoreStage<float>& stage, int64_t first, int64_t panels,
+                          const KeyBlock& keys, const NextRows& next, float& slope_gradient) {
+    KeySpan spans[kGroupPanels];
+    Tile *now = &tiles[0], *waiting = nullptr;
+    for (int64_t i = 0; i < panels; ++i) {
+      now->offset = (first + i) * kAmxLanes;
+      const bool last = now->offset + kAmxLanes >= block.lanes;
+      const int64_t then = last ? 0 : now->offset + kAmxLanes;  // the next panel
+      RowsAhead ahead;
+      next.add_share(first + i, ahead);
+      add_bias(stage.mask_rows, block.row + then, smaller(kAmxLanes, block.rows - then),
+               last ? keys.key + keys.keys : keys.key, keys.keys, ahead);
+      now->half = half_tiles;
+      now->half.weights += i * panel_size, now->half.gradients += i * panel_size;
+      const bool attends = add_dots(block, *now, waiting, stage, keys, slope_gradient, ahead);
+      ahead.ask_for_rest();
+      spans[i] = now->span;
+      if (!attends) continue;
+      waiting = now;
+      now = &tiles[now == &tiles[0] ? 1 : 0];
+    }
+    RowsAhead nothing;
+    AskBeside<Stored> ask(nothing);
+    if (waiting != nullptr) add_gradients(block, *waiting, stage, keys, slope_gradient, ask);
+    if (plan.needs_value) {
+      sum_over_rows(block, first, panels, spans, keys, half_tiles.weights, block.grad_pairs, value_dim,
+                    plan.value_columns, value_sums);
+    }
+    if (plan.needs_key) {
+      sum_over_rows(block, first, panels, spans, keys, half_tiles.gradients, block.query_pairs, head_dim,
+                    plan.key_columns, key_sums);
+    }
+  }
+
+  // Whether nothing but the mask and the band changes scores, so that PlainHalfTiles will do.
+  bool is_plain(const ScoreStage<float>& stage) const {
+    return plan.needs_scores && !plan.needs_slopes && !stage.softcap;
+  }
+
+  // The dots of one panel, and its scores. False if it attends none of the keys; its weights and gradients are 0 then.
+  // The panel before, which waits with its dots, is finished meanwhile (see AmxForward::add_scores).
+  TA_NOINLINE bool add_dots(const Block& block, Tile& now, const Tile* waiting, const ScoreStage<float>& stage,
+                            const KeyBlock& keys, float& slope_gradient, RowsAhead& ahead) {
+    const int64_t row = block.row + now.offset, rows = smaller(kAmxLanes, block.rows - now.offset);
+    const KeySpan span = now.span = KeySpan::of(stage.band, row, rows, keys.key, keys.all_keys, kTileDepth);
+    if (span.empty()) return false;
     BiasTile<float> bias;
     MaskedPanel masked;
     MaskEffect effect = MaskEffect::kNone;
@@ -281,72 +226,140 @@ struct AmxWalk {
       effect = MaskEffect::kExcludesAll;
     }
     if (effect == MaskEffect::kExcludesAll) {
+      const int64_t from = span.begin * kAmxLanes, count = (span.end - span.begin) * kAmxLanes;
       for (int piece = 0; piece < kPieces; ++piece) {
-        fill<uint16_t>(half.weights + piece * half.piece_stride + first, 0, count * kAmxLanes);
-        fill<uint16_t>(half.gradients + piece * half.piece_stride + first, 0, count * kAmxLanes);
+        fill<uint16_t>(now.half.weights + piece * now.half.piece_stride + from, 0, count);
+        fill<uint16_t>(now.half.gradients + piece * now.half.piece_stride + from, 0, count);
       }
-      return span;
+      return false;
     }
-    const auto kept =
-        kept_tile<float, kAmxVectors>(p, tile.dropout, batch, block.head, row, keys.key, span, tile.scratch.kept);
-    const auto portions = [&](int64_t dim) {
-      return AskBeside<Stored>::portions(count / kTileSide, kAmxVectors, dim / kTileDepth);
-    };
-    ahead.divide(portions(head_dim) + (plan.needs_scores ? portions(value_dim) : 0));
     AskBeside<Stored> ask(ahead);
-    dots(keys.key_rows, block.query, block, offset, head_dim, span, scores, ask);
-    float factor = stage.dot_factor();
-    if (effect == MaskEffect::kSome) {
-      factor = masked.apply<false>(span, factor, scores, nullptr);
-    } else if (stage.changes_elements(bias) || span.has_edges()) {
-      modify_scores<float, kAmxVectors>(stage, bias, span.has_edges(), row, keys.key, span.begin, span.end, factor,
-                                        scores, tile.scratch.derivative, nullptr);
-      factor = 1;
-    }
-    if (plan.needs_scores) dots(keys.value_rows, block.grad_out, block, offset, value_dim, span, gradients, ask);
-    if (plan.needs_scores && !plan.needs_slopes && !stage.softcap) {
-      const auto fill_in = kept.kept != nullptr ? plain_half_tiles<Stored, true> : plain_half_tiles<Stored, false>;
-      fill_in(span.begin, span.end, factor, scores, gradients, block.logsumexp + offset, block.delta + offset,
-              stage.mod.scale, kept, half);
+    constexpr int64_t kStages = 2;
+    ahead.divide(kStages + (waiting == nullptr ? 0 : query_portions(*waiting)));
+    ask.ask();
+    if (is_plain(stage))
+      kept_tile<float, kAmxVectors>(p, tile.dropout, batch, block.head, row, keys.key, span, now.kept);
+    if (waiting != nullptr && is_plain(stage)) {
+      const auto multiply = [&]<int kParts>() TA_INLINE_LAMBDA {
+        (this->*(p.dropout_p > 0 ? &AmxWalk::multiply_beside<true, kParts> : &AmxWalk::multiply_beside<false, kParts>))(
+            block, now, *waiting, stage, keys);
+      };
+      // A block of 32 keys has 16 parts.
+      if (head_dim + value_dim <= 128) {
+        multiply.template operator()<4>();
+      } else if (head_dim + value_dim <= 256) {
+        multiply.template operator()<2>();
+      } else {
+        multiply.template operator()<1>();
+      }
+      add_grad_query(*waiting, keys, ask);
     } else {
-      tile.finish<kAmxVectors>(block, stage, offset, keys.key, span, factor,
-                               plan.needs_scores ? Wanted::kDotGradients : Wanted::kWeightsOnly, scores, gradients,
-                               plan.needs_slopes ? &slope_gradient : nullptr);
-      halve_tiles<Stored>(span.begin, span.end, scores, gradients, half);
+      if (waiting != nullptr) add_gradients(block, *waiting, stage, keys, slope_gradient, ask);
+      NothingBeside nothing;
+      multiply(block, now, keys, nothing);
     }
-    if (plan.needs_query) {
-      const TileOperand key_operand = keys.key_columns.from_depth(span.begin);
-      const TileOperand gradient_operand{half.pairs, kAmxLanes * 4, kTileDepth / 2 * kAmxLanes * 4,
-                                         HalfTiles::kPairsPieceStride * 2};
-      tile_product<true, kSums<Stored>>(query_columns / kTileSide, kAmxVectors, count / kTileDepth, key_operand,
-                                        gradient_operand, grad_query + offset * query_columns, kAmxLanes);
+    now.factor = stage.dot_factor();
+    ask.ask();
+    if (effect == MaskEffect::kSome) {
+      now.factor = masked.apply<false>(span, now.factor, now.scores, nullptr);
+    } else if (stage.changes_elements(bias) || span.has_edges()) {
+      modify_scores<float, kAmxVectors>(stage, bias, span.has_edges(), row, keys.key, span.begin, span.end, now.factor,
+                                        now.scores, tile.scratch.derivative, nullptr);
+      now.factor = 1;
     }
-    return span;
+    return true;
   }
 
-  // out[key][lane] = rows[key] · panel[lane] for the keys of span and the panel that starts at lane offset.
-  static void dots(const TileOperand& rows, const uint16_t* panels, const Block& block, int64_t offset, int64_t dim,
-                   const KeySpan& span, float* out, AskBeside<Stored>& ask) {
-    const TileOperand row_operand = rows.from_row(span.begin);
-    const TileOperand panel_operand{panels + offset * dim, kAmxLanes * 4, kTileDepth / 2 * kAmxLanes * 4,
-                                    block.all_rows * dim * 2};
-    ask.template product<false, kDots<Stored>>((span.end - span.begin) / kTileSide, kAmxVectors, dim / kTileDepth,
-                                               row_operand, panel_operand, out + span.begin * kAmxLanes, kAmxLanes);
+  // scores[key][lane] = key · query, gradients[key][lane] = value · grad_out.
+  template <class Beside>
+  TA_INLINE void multiply(const Block& block, const Tile& now, const KeyBlock& keys, Beside& beside) const {
+    const struct {
+      const TileOperand& rows;
+      const uint16_t* panels;
+      int64_t dim;
+      float* out;
+    } products[] = {{keys.key_rows, block.query, head_dim, now.scores},
+                    {keys.value_rows, block.grad_out, value_dim, now.gradients}};
+    // A loop, so that the code of what is done beside them is there once.
+    const int count = plan.needs_scores ? 2 : 1;
+    for (int i = 0; i < count; ++i) {
+      const auto& [rows, panels, dim, out] = products[i];
+      const TileOperand panel{panels + now.offset * dim, kAmxLanes * 4, kTileDepth / 2 * kAmxLanes * 4,
+                              block.all_rows * dim * 2};
+      tile_product_beside<false, kDots<Stored>>((now.span.end - now.span.begin) / kTileSide, kAmxVectors,
+                                                dim / kTileDepth, rows.from_row(now.span.begin), panel,
+                                                out + now.span.begin * kAmxLanes, kAmxLanes, beside);
+    }
+  }
+  template <bool kDropout, int kParts>
+  TA_NOINLINE void multiply_beside(const Block& block, const Tile& now, const Tile& waiting,
+                                   const ScoreStage<float>& stage, const KeyBlock& keys) const {
+    auto halves = halves_of<kDropout, kParts>(block, waiting, stage);
+    multiply(block, now, keys, halves);
+    halves.finish();
   }
 
-  // sums[key][column] += Σ_row tiles[key][row] · rows[row][column], for each group of keys over the panels that attend
-  // it.
-  void sum_over_rows(const Block& block, const KeySpan* spans, const KeyBlock& keys, const uint16_t* tiles,
-                     const uint16_t* row_pairs, int64_t row_columns, int64_t columns, float* sums) const {
+  template <bool kDropout, int kParts>
+  TA_INLINE PlainHalfTiles<Stored, kDropout, kParts> halves_of(const Block& block, const Tile& from,
+                                                               const ScoreStage<float>& stage) const {
+    return {from.span,
+            from.factor,
+            from.scores,
+            from.gradients,
+            block.logsumexp + from.offset,
+            block.delta + from.offset,
+            stage.mod.scale,
+            kept_of_tile(from),
+            from.half};
+  }
+  KeptTile<float> kept_of_tile(const Tile& from) const {
+    if (p.dropout_p == 0) return {};
+    return {from.kept, static_cast<float>(Dropout::keep_scale(p.dropout_p))};
+  }
+
+  // Finishes a panel that waits.
+  TA_NOINLINE void add_gradients(const Block& block, const Tile& from, const ScoreStage<float>& stage,
+                                 const KeyBlock& keys, float& slope_gradient, AskBeside<Stored>& ask) {
+    if (is_plain(stage)) {
+      p.dropout_p > 0 ? halves_of<true, 0>(block, from, stage).finish()
+                      : halves_of<false, 0>(block, from, stage).finish();
+    } else {
+      tile.finish<kAmxVectors>(block, stage, from.offset, keys.key, from.span, from.factor,
+                               plan.needs_scores ? Wanted::kDotGradients : Wanted::kWeightsOnly, from.scores,
+                               from.gradients, plan.needs_slopes ? &slope_gradient : nullptr);
+      halve_tiles<Stored>(from.span.begin, from.span.end, from.scores, from.gradients, from.half);
+    }
+    add_grad_query(from, keys, ask);
+  }
+
+  int64_t query_portions(const Tile& from) const {
+    if (!plan.needs_query) return 0;
+    return AskBeside<Stored>::portions(query_columns / kTileSide, kAmxVectors,
+                                       (from.span.end - from.span.begin) / kTileDepth);
+  }
+  void add_grad_query(const Tile& from, const KeyBlock& keys, AskBeside<Stored>& ask) const {
+    if (!plan.needs_query) return;
+    const TileOperand pairs{from.half.pairs, kAmxLanes * 4, kTileDepth / 2 * kAmxLanes * 4,
+                            HalfTiles::kPairsPieceStride * 2};
+    ask.template product<true, kSums<Stored>>(
+        query_columns / kTileSide, kAmxVectors, (from.span.end - from.span.begin) / kTileDepth,
+        keys.key_columns.from_depth(from.span.begin), pairs, grad_query + from.offset * query_columns, kAmxLanes);
+  }
+
+  // sums[key][column] += Σ_row tiles[key][row] · rows[row][column] over a group of panels, for each 32 keys over those
+  // that attend them.
+  void sum_over_rows(const Block& block, int64_t first_panel, int64_t panels, const KeySpan* spans,
+                     const KeyBlock& keys, const uint16_t* tiles, const uint16_t* row_pairs, int64_t row_columns,
+                     int64_t columns, float* sums) const {
     for (int64_t key = 0; key < keys.all_keys; key += kTileDepth) {
-      int64_t first = 0, last = block.lanes / kAmxLanes;
+      int64_t first = 0, last = panels;
       const auto attends = [&](const KeySpan& span) { return span.begin <= key && key < span.end; };
       while (first < last && !attends(spans[first])) ++first;
       while (first < last && !attends(spans[last - 1])) --last;
       if (first == last) continue;
-      const TileOperand tile_operand{tiles + first * kAmxLanes * kAmxKeys + key * kAmxLanes, kAmxLanes * 2,
-                                     kAmxLanes * kAmxKeys * 2, half_tiles.piece_stride * 2};
-      const TileOperand row_operand{row_pairs + first * kAmxLanes * row_columns, row_columns * 4,
+      const TileOperand tile_operand{tiles + first * panel_size + key * kAmxLanes, kAmxLanes * 2, panel_size * 2,
+                                     half_tiles.piece_stride * 2};
+      const TileOperand row_operand{row_pairs + (first_panel + first) * kAmxLanes * row_columns, row_columns * 4,
                                     kTileDepth / 2 * row_columns * 4, block.all_rows * row_columns * 2};
       tile_product<true, kSums<Stored>>(kTileDepth / kTileSide, columns / kTileSide, last - first, tile_operand,
                                         row_operand, sums + (keys.key + key) * columns, columns);
