@@ -248,7 +248,8 @@ struct AmxForward {
     }
     AskBeside<Stored> ask(ahead);
     constexpr int64_t kStages = 3;
-    ahead.divide(kStages + (waiting == nullptr ? 0 : value_portions(*waiting)));
+    ahead.divide(kStages + (waiting == nullptr ? 0 : value_portions(*waiting)) +
+                 (effect == MaskEffect::kSome ? masked.squares(span) : 0));
     ask.ask();
     const auto multiply = [&]<int kParts>() TA_INLINE_LAMBDA {
       (this->*(p.dropout_p > 0 ? &AmxForward::multiply_keys<true, kParts> : &AmxForward::multiply_keys<false, kParts>))(
@@ -269,7 +270,7 @@ struct AmxForward {
     __builtin_memcpy(old_maximum, maximum, kAmxLanes * sizeof(float));
     tile.factor = stage.dot_factor();
     if (effect == MaskEffect::kSome) {
-      tile.factor = masked.apply<true>(span, tile.factor, tile.scores, maximum);
+      tile.factor = masked.apply<true>(span, tile.factor, tile.scores, maximum, [&] { ask.ask(); });
     } else if (stage.changes_elements(bias) || span.has_edges() || !(tile.factor > 0)) {
       modify_scores<float, kAmxVectors>(stage, bias, span.has_edges(), row, keys.key, span.begin, span.end, tile.factor,
                                         tile.scores, nullptr, maximum);

@@ -46,10 +46,10 @@ TA_INLINE void visit_square(const char* first, int64_t row_stride, const Visit& 
 }
 
 // Scores, divided by factor, become scores with a floating mask, whose element for the panel's first row and key begin
-// is first; maximum[lane] is raised to include them, with kMaximum.
-template <class Stored, bool kMaximum>
+// is first; maximum[lane] is raised to include them, with kMaximum. between is called after each square.
+template <class Stored, bool kMaximum, class Between>
 TA_NOINLINE void add_mask(const char* first, int64_t row_stride, int64_t begin, int64_t end, float factor,
-                          float* scores, float* maximum) {
+                          float* scores, float* maximum, const Between& between) {
   constexpr int n_lanes = kLanes<float>, kKeys = 64 / static_cast<int>(sizeof(Stored));
 #pragma GCC unroll 1
   for (int n = 0; n < kAmxVectors; ++n) {
@@ -64,6 +64,7 @@ TA_NOINLINE void add_mask(const char* first, int64_t row_stride, int64_t begin, 
         store(place, score);
         if constexpr (kMaximum) highest[k & 1] = max(highest[k & 1], score);
       });
+      between();
     }
     if constexpr (kMaximum) store(maximum + n * n_lanes, max(highest[0], highest[1]));
   }
@@ -185,12 +186,18 @@ class MaskedPanel {
     }
   }
 
+  // How often apply calls between.
+  int64_t squares(const KeySpan& span) const {
+    if (dtype_ == ScalarType::kBool) return 0;
+    return kAmxVectors * (span.end - span.begin) * element_size(dtype_) / 64;
+  }
+
   // Scores, divided by factor, become those with the mask; with kMaximum, maximum is raised to include them. Returns
   // what the scores are divided by then.
-  template <bool kMaximum>
-  float apply(const KeySpan& span, float factor, float* scores, float* maximum) const {
+  template <bool kMaximum, class Between>
+  float apply(const KeySpan& span, float factor, float* scores, float* maximum, const Between& between) const {
     const auto add = [&]<class Stored>() {
-      add_mask<Stored, kMaximum>(first_, row_stride_, span.begin, span.end, factor, scores, maximum);
+      add_mask<Stored, kMaximum>(first_, row_stride_, span.begin, span.end, factor, scores, maximum, between);
       return 1.0f;
     };
     switch (dtype_) {

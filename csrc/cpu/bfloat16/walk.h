@@ -235,7 +235,8 @@ struct AmxWalk {
     }
     AskBeside<Stored> ask(ahead);
     constexpr int64_t kStages = 2;
-    ahead.divide(kStages + (waiting == nullptr ? 0 : query_portions(*waiting)));
+    ahead.divide(kStages + (waiting == nullptr ? 0 : query_portions(*waiting)) +
+                 (effect == MaskEffect::kSome ? masked.squares(span) : 0));
     ask.ask();
     if (is_plain(stage))
       kept_tile<float, kAmxVectors>(p, tile.dropout, batch, block.head, row, keys.key, span, now.kept);
@@ -261,7 +262,7 @@ struct AmxWalk {
     now.factor = stage.dot_factor();
     ask.ask();
     if (effect == MaskEffect::kSome) {
-      now.factor = masked.apply<false>(span, now.factor, now.scores, nullptr);
+      now.factor = masked.apply<false>(span, now.factor, now.scores, nullptr, [&] { ask.ask(); });
     } else if (stage.changes_elements(bias) || span.has_edges()) {
       modify_scores<float, kAmxVectors>(stage, bias, span.has_edges(), row, keys.key, span.begin, span.end, now.factor,
                                         now.scores, tile.scratch.derivative, nullptr);
