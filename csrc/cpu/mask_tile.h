@@ -156,29 +156,44 @@ TA_INLINE void load_transposed(Vec<Real> (&tile)[kLanes<Real>], const char* firs
 // 32-bit elements: rows enter in quarters, as one operand of an insertion, and half of the steps of
 // transpose_in_registers are left. At strides like 4 KiB all rows share one set of the L1 cache, whose ways are fewer:
 // so the quarters of a row are read one after the other.
-TA_INLINE void load_transposed_words(Vec<float> (&tile)[16], const char* first, int64_t row_stride) {
-  __m512 quarters[4][4];  // [quarter of the columns][row % 4]: of rows r, r + 4, r + 8, r + 12
+struct Quarters {
+  __m512 of[4][4];  // [quarter of the columns][row % 4]: of rows r, r + 4, r + 8, r + 12
+
+  TA_INLINE Quarters(const char* first, int64_t row_stride) {
 #pragma GCC unroll 4
-  for (int r = 0; r < 4; ++r) {
+    for (int r = 0; r < 4; ++r) {
 #pragma GCC unroll 4
-    for (int c = 0; c < 4; ++c) {
-      const auto quarter = [&](int i) TA_INLINE_LAMBDA {
-        return _mm_loadu_ps(reinterpret_cast<const float*>(first + (r + 4 * i) * row_stride) + 4 * c);
-      };
-      const __m256 low = _mm256_insertf128_ps(_mm256_castps128_ps256(quarter(0)), quarter(1), 1);
-      const __m256 high = _mm256_insertf128_ps(_mm256_castps128_ps256(quarter(2)), quarter(3), 1);
-      quarters[c][r] = _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+      for (int c = 0; c < 4; ++c) {
+        const auto quarter = [&](int i) TA_INLINE_LAMBDA {
+          return _mm_loadu_ps(reinterpret_cast<const float*>(first + (r + 4 * i) * row_stride) + 4 * c);
+        };
+        const __m256 low = _mm256_insertf128_ps(_mm256_castps128_ps256(quarter(0)), quarter(1), 1);
+        const __m256 high = _mm256_insertf128_ps(_mm256_castps128_ps256(quarter(2)), quarter(3), 1);
+        of[c][r] = _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+      }
     }
   }
-#pragma GCC unroll 4
-  for (int c = 0; c < 4; ++c) {
-    const __m512(&x)[4] = quarters[c];
+
+  // Column 4 · c + i as out[i].
+  TA_INLINE void columns(int c, Vec<float> (&out)[4]) const {
+    const __m512(&x)[4] = of[c];
     const __m512 low01 = _mm512_unpacklo_ps(x[0], x[1]), high01 = _mm512_unpackhi_ps(x[0], x[1]);
     const __m512 low23 = _mm512_unpacklo_ps(x[2], x[3]), high23 = _mm512_unpackhi_ps(x[2], x[3]);
-    tile[4 * c] = _mm512_shuffle_ps(low01, low23, 0x44);
-    tile[4 * c + 1] = _mm512_shuffle_ps(low01, low23, 0xEE);
-    tile[4 * c + 2] = _mm512_shuffle_ps(high01, high23, 0x44);
-    tile[4 * c + 3] = _mm512_shuffle_ps(high01, high23, 0xEE);
+    out[0] = _mm512_shuffle_ps(low01, low23, 0x44);
+    out[1] = _mm512_shuffle_ps(low01, low23, 0xEE);
+    out[2] = _mm512_shuffle_ps(high01, high23, 0x44);
+    out[3] = _mm512_shuffle_ps(high01, high23, 0xEE);
+  }
+};
+
+TA_INLINE void load_transposed_words(Vec<float> (&tile)[16], const char* first, int64_t row_stride) {
+  const Quarters quarters(first, row_stride);
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    Vec<float> columns[4];
+    quarters.columns(c, columns);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) tile[4 * c + i] = columns[i];
   }
 }
 

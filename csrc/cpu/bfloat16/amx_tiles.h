@@ -82,6 +82,8 @@ TA_INLINE void tile_block(int64_t steps, const TileOperand& a, int64_t m, const 
   if constexpr (kM == 2 && kN == 2) _tile_stored(3, c1 + kTileSide, c_bytes);
 }
 
+constexpr bool kCallsBeside = true;
+
 // c = a · b, or c += a · b, for m_tiles × n_tiles (both even) tiles of c and a sum over `steps` tile depths of numbers
 // in pieces.
 template <bool kAccumulate, PieceProducts kProducts, class Beside>

@@ -63,6 +63,8 @@ TA_NOINLINE void tile_product(int64_t m_tiles, int64_t n_tiles, int64_t steps, T
   }
 }
 
+constexpr bool kCallsBeside = false;
+
 // The product leaves no unit idle: what could be done beside it is left to whoever calls.
 template <bool kAccumulate, PieceProducts kProducts, class Beside>
 TA_INLINE void tile_product_beside(int64_t m_tiles, int64_t n_tiles, int64_t steps, TileOperand a, TileOperand b,

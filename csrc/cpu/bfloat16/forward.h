@@ -5,6 +5,7 @@
 
 #include "../forward.h"
 #include "dropout_pairs.h"
+#include "masked_scores.h"
 #include "operands.h"
 #include "softmax_pairs.h"
 
@@ -12,8 +13,45 @@ namespace torch_attn::cpu::TORCH_ATTN_ISA {
 
 constexpr int64_t kAmxRows = 1024;
 
-// Of a tile's RowsAhead: before each of its stages.
-constexpr int64_t kPortions = 4;
+// A panel walks over so many bytes of keys and values before the next one does. A mask's rows are then read in pieces
+// long enough for memory: with one block of keys at a time, masks cost 1.4 (float) to 3 times (boolean, 8192 keys) as
+// much. Twice as many bytes gain 3 % more there, and lose 1 % without a mask at head_dim 128. Without a mask it is up
+// to 5 % faster in bfloat16, and 1 % slower in float32, whose keys and values are three pieces each.
+constexpr int64_t kSpanBytes = 256 * 1024;
+
+// Asks for rows between the stages of a tile and beside its products: in larger portions rows would wait for each
+// other, and the products after them. Products of numbers in pieces take so long that they ask once; beside each,
+// float32 would be 3 % slower.
+template <class Stored>
+class AskBeside {
+ public:
+  TA_INLINE AskBeside(RowsAhead& ahead) : ahead_(ahead) {}
+
+  template <bool kAccumulate, PieceProducts kProducts>
+  TA_NOINLINE void product(int64_t m_tiles, int64_t n_tiles, int64_t steps, TileOperand a, TileOperand b, float* c,
+                           int64_t c_stride) {
+    if (portions(m_tiles, n_tiles, steps) > 1) {
+      tile_product_beside<kAccumulate, kProducts>(m_tiles, n_tiles, steps, a, b, c, c_stride, *this);
+    } else {
+      ask();
+      tile_product<kAccumulate, kProducts>(m_tiles, n_tiles, steps, a, b, c, c_stride);
+    }
+  }
+  // How many portions a product asks for.
+  static TA_INLINE int64_t portions(int64_t m_tiles, int64_t n_tiles, int64_t steps) {
+    const bool beside = kCallsBeside && kPiecesOf<Stored> == 1 && m_tiles % 2 == 0 && n_tiles % 2 == 0;
+    return beside ? m_tiles / 2 * (n_tiles / 2) * steps : 1;
+  }
+
+  template <int kSlot, int kSlots>
+  TA_INLINE void slot() {
+    if constexpr (kSlot == kSlots - 1) ask();
+  }
+  TA_NOINLINE void ask() { ahead_.ask_for_portion(); }
+
+ private:
+  RowsAhead& ahead_;
+};
 
 // Keys per block. Measured on an Intel Xeon with AMX: 64 is 5 to 10 % faster than 128 at head_dim 64, whose tiles then
 // stay in the L1 cache, and 10 % slower at 128, where each block's addition to the output weighs more.
@@ -54,25 +92,30 @@ struct AmxForward {
     float* out;                                    // [lane offset · value_dim][value_dim][lane]
     float *maximum, *old_maximum, *sum, *rescale;  // [lane]
     float *bias, *staging;                         // one tile: [key][lane]
-    uint16_t* weights;                             // a B operand
-  };
-
-  // A panel's scores with a block of keys.
-  struct Tile {
-    int64_t offset;
-    KeySpan span;
-    float* scores;   // [key][lane], divided by factor
-    uint32_t* kept;  // by DropoutPairs
-    float factor;
-    bool rescaled;  // see settle_maximum
+    const PhiloxPanel* philox;
+    uint16_t* weights;  // a B operand
   };
 
   // A block of keys as A operands: keys by rows, values transposed.
   struct KeyBlock {
     int64_t key, keys, all_keys;  // all_keys: with padding
     TileOperand key_rows, value_columns;
-    const PhiloxPanel& philox;
-    const PhiloxPanel::Groups& groups;  // with dropout
+    BiasTile<float> bias;        // of a mask that has one number for each key
+    PhiloxPanel::Groups groups;  // with dropout
+    uint16_t *key_memory, *value_memory;
+    float* bias_memory;
+  };
+  static constexpr int64_t kMostKeyBlocks = 16;
+
+  // A panel's scores with a block of keys.
+  struct Tile {
+    int64_t offset;
+    const KeyBlock* keys;
+    KeySpan span;
+    float* scores;   // [key][lane], divided by factor
+    uint32_t* kept;  // by DropoutPairs
+    float factor;
+    bool rescaled;  // see settle_maximum
   };
 
   void run(int64_t item, Scratch& scratch) const {
@@ -101,52 +144,67 @@ struct AmxForward {
     block.bias = scratch.take<float>(stage.mask ? tile : 0);
     block.staging = scratch.take<float>(stage.mask ? tile : 0);
     block.weights = scratch.take<uint16_t>(kPieces * tile);
-    auto* key_memory = scratch.take<uint16_t>(kPieces * kAmxKeys * head_dim);
-    auto* value_memory = scratch.take<uint16_t>(kPieces * kAmxKeys * packed_values);
+    auto* value_scratch = scratch.take<uint16_t>(kPieces * kAmxKeys * packed_values);
     auto* value_pairs = scratch.take<uint16_t>(kAmxKeys * packed_values);
-    auto* values = scratch.take<uint16_t>(kPieces * kAmxKeys * packed_values);
+    const int64_t key_block_size = amx_key_block<Stored>(p);
+    const int64_t block_bytes = kPieces * key_block_size * (head_dim + packed_values) * 2;
+    const bool spans = kPieces < 3 || (stage.mask && !stage.mask_is_per_key());
+    const int64_t most = spans ? larger<int64_t>(1, smaller(kMostKeyBlocks, kSpanBytes / block_bytes)) : 1;
+    KeyBlock key_blocks[kMostKeyBlocks];
+    for (int64_t i = 0; i < most; ++i) {
+      key_blocks[i].key_memory = scratch.take<uint16_t>(kPieces * key_block_size * head_dim);
+      key_blocks[i].value_memory = scratch.take<uint16_t>(kPieces * key_block_size * packed_values);
+      key_blocks[i].bias_memory = scratch.take<float>(stage.mask_is_per_key() ? key_block_size : 0);
+    }
 
     load_query(block, scratch);
     start(block);
     const KeyRange range = stage.band.keys_of_any(block.row, block.row + block.rows);
-    const int64_t key_block_size = amx_key_block<Stored>(p);
     const PhiloxPanel philox(dropout, p.dropout_batch_head(block.batch, block.head));
-    PhiloxPanel::Groups groups;
+    block.philox = &philox;
     // Groups of keys that share random bits are not torn.
     const int64_t first_key = p.dropout_p > 0 ? round_down(range.begin, Dropout::kKeysPerCall) : range.begin;
-    for (int64_t key = first_key; key < range.end; key += key_block_size) {
-      const int64_t keys = smaller(key_block_size, range.end - key), all_keys = round_up(keys, kTileDepth);
-      BiasTile<float> bias;
-      if (stage.mask_is_per_key()) {
-        if (!load_bias_per_key(stage.mask_rows, key, keys, block.bias, bias)) continue;
+    const int64_t panels = block.lanes / kAmxLanes, span_keys = most * key_block_size;
+    for (int64_t begin = first_key; begin < range.end; begin += span_keys) {
+      const int64_t end = smaller(begin + span_keys, range.end);
+      int64_t count = 0;
+      for (int64_t key = begin; key < end; key += key_block_size) {
+        KeyBlock& keys = key_blocks[count];
+        keys.key = key, keys.keys = smaller(key_block_size, end - key);
+        keys.all_keys = round_up(keys.keys, kTileDepth);
+        keys.bias = {};
+        if (stage.mask_is_per_key() &&
+            !load_bias_per_key(stage.mask_rows, key, keys.keys, keys.bias_memory, keys.bias)) {
+          continue;
+        }
+        keys.key_rows = Source<Stored>(p.key, block.batch, kv_head, key, keys.keys, p.head_dim, keys.all_keys, head_dim,
+                                       keys.key_memory)
+                            .by_rows();
+        keys.value_columns = Source<Stored>(p.value, block.batch, kv_head, key, keys.keys, p.value_dim, keys.all_keys,
+                                            packed_values, value_scratch)
+                                 .by_columns(keys.value_memory, value_pairs);
+        if (p.dropout_p > 0) {
+          philox.groups(key / Dropout::kKeysPerCall, keys.all_keys / Dropout::kKeysPerCall, keys.groups);
+        }
+        ++count;
       }
-      const TileOperand key_rows =
-          Source<Stored>(p.key, block.batch, kv_head, key, keys, p.head_dim, all_keys, head_dim, key_memory).by_rows();
-      const TileOperand value_columns =
-          Source<Stored>(p.value, block.batch, kv_head, key, keys, p.value_dim, all_keys, packed_values, value_memory)
-              .by_columns(values, value_pairs);
-      if (p.dropout_p > 0) {
-        philox.groups(key / Dropout::kKeysPerCall, all_keys / Dropout::kKeysPerCall, groups);
-      }
-      const KeyBlock key_block{key, keys, all_keys, key_rows, value_columns, philox, groups};
-      const int64_t panels = block.lanes / kAmxLanes;
-      const NextRows next(p, block.batch, kv_head, key + keys, key_block_size, range.end - key - keys, panels);
+      const NextRows next(p, block.batch, kv_head, end, span_keys, range.end - end, panels * count);
       Tile *now = &tiles[0], *waiting = nullptr;
-      for (int64_t i = 0; i < panels; ++i) {
+      for (int64_t i = 0; i < panels * count; ++i) {
+        const int64_t then = (i + 1) / count, offset = then < panels ? then * kAmxLanes : 0;  // of the next panel
         RowsAhead ahead;
         next.add_share(i, ahead);
-        const int64_t offset = i + 1 < panels ? (i + 1) * kAmxLanes : 0;
         add_bias(stage.mask_rows, block.row + offset, smaller(kAmxLanes, block.rows - offset),
-                 offset > 0 ? key : key + keys, key_block_size, ahead);
-        ahead.divide(kPortions);
-        now->offset = i * kAmxLanes;
-        if (add_scores(block, *now, waiting, stage, bias, key_block, ahead)) {
+                 then < panels ? key_blocks[(i + 1) % count].key : end, key_block_size, ahead);
+        now->offset = i / count * kAmxLanes;
+        now->keys = &key_blocks[i % count];
+        if (add_scores(block, *now, waiting, stage, ahead)) {
           waiting = now;
           now = &tiles[now == &tiles[0] ? 1 : 0];
         }
         ahead.ask_for_rest();
       }
-      if (waiting != nullptr) add_values(block, *waiting, key_block);
+      if (waiting != nullptr) add_values(block, *waiting);
     }
     finish(block, scratch);
   }
@@ -172,19 +230,29 @@ struct AmxForward {
   // The scores of one panel, up to its new maximum; false if it attends none of the keys. The panel before, which waits
   // with its scores, is finished meanwhile: products alone leave the vector units idle, and exponentials the tiles.
   TA_NOINLINE bool add_scores(const Block& block, Tile& tile, const Tile* waiting, const ScoreStage<float>& stage,
-                              BiasTile<float> bias, const KeyBlock& keys, RowsAhead& ahead) const {
+                              RowsAhead& ahead) const {
+    const KeyBlock& keys = *tile.keys;
     const int64_t row = block.row + tile.offset, rows = smaller(kAmxLanes, block.rows - tile.offset);
     const KeySpan span = tile.span = KeySpan::of(stage.band, row, rows, keys.key, keys.all_keys, kTileDepth);
     if (span.empty()) return false;
-    if (stage.mask && !stage.mask_is_per_key() &&
-        !load_bias_per_lane(stage.mask_rows, row, rows, kAmxLanes, keys.key, span.begin, span.end, block.staging,
-                            block.bias, bias)) {
+    BiasTile<float> bias = keys.bias;
+    MaskedPanel masked;
+    MaskEffect effect = MaskEffect::kNone;
+    if (MaskedPanel::serves(stage, rows, span)) {
+      effect = masked.load(stage.mask_rows, row, keys.key, span);
+      if (effect == MaskEffect::kExcludesAll) return false;
+    } else if (stage.mask && !stage.mask_is_per_key() &&
+               !load_bias_per_lane(stage.mask_rows, row, rows, kAmxLanes, keys.key, span.begin, span.end, block.staging,
+                                   block.bias, bias)) {
       return false;
     }
-    ahead.ask_for_portion();
+    AskBeside<Stored> ask(ahead);
+    constexpr int64_t kStages = 3;
+    ahead.divide(kStages + (waiting == nullptr ? 0 : value_portions(*waiting)));
+    ask.ask();
     const auto multiply = [&]<int kParts>() TA_INLINE_LAMBDA {
       (this->*(p.dropout_p > 0 ? &AmxForward::multiply_keys<true, kParts> : &AmxForward::multiply_keys<false, kParts>))(
-          block, tile, waiting, keys);
+          block, tile, waiting);
     };
     // A block of 32 keys has 32 parts.
     if (head_dim <= 64) {
@@ -194,14 +262,15 @@ struct AmxForward {
     } else {
       multiply.template operator()<4>();
     }
-    ahead.ask_for_portion();
-    if (waiting != nullptr) multiply_values(block, *waiting, keys);
-    ahead.ask_for_portion();
+    ask.ask();
+    if (waiting != nullptr) multiply_values(block, *waiting, ask);
 
     float *maximum = block.maximum + tile.offset, *old_maximum = block.old_maximum + tile.offset;
     __builtin_memcpy(old_maximum, maximum, kAmxLanes * sizeof(float));
     tile.factor = stage.dot_factor();
-    if (stage.changes_elements(bias) || span.has_edges() || !(tile.factor > 0)) {
+    if (effect == MaskEffect::kSome) {
+      tile.factor = masked.apply<true>(span, tile.factor, tile.scores, maximum);
+    } else if (stage.changes_elements(bias) || span.has_edges() || !(tile.factor > 0)) {
       modify_scores<float, kAmxVectors>(stage, bias, span.has_edges(), row, keys.key, span.begin, span.end, tile.factor,
                                         tile.scores, nullptr, maximum);
       tile.factor = 1;
@@ -209,15 +278,15 @@ struct AmxForward {
       raise_maximum(span.begin, span.end, tile.factor, tile.scores, maximum);
     }
     tile.rescaled = settle_maximum(old_maximum, maximum, block.rescale + tile.offset);
-    ahead.ask_for_portion();
+    ask.ask();
     return true;
   }
 
   // The dots of a panel; beside them what dropout keeps, and the weights of the panel that waits, kParts of
   // SoftmaxPairs in each step.
   template <bool kDropout, int kParts>
-  TA_NOINLINE void multiply_keys(const Block& block, const Tile& tile, const Tile* waiting,
-                                 const KeyBlock& keys) const {
+  TA_NOINLINE void multiply_keys(const Block& block, const Tile& tile, const Tile* waiting) const {
+    const KeyBlock& keys = *tile.keys;
     const int64_t begin = tile.span.begin, count = tile.span.end - begin;
     const int64_t m_tiles = count / kTileSide, steps = head_dim / kTileDepth;
     const TileOperand key_operand = keys.key_rows.from_row(begin);
@@ -227,7 +296,7 @@ struct AmxForward {
     SoftmaxPairs<Stored, kDropout, kParts> softmax;
     if (waiting != nullptr) softmax = softmax_of<kDropout, kParts>(block, *waiting);
     if constexpr (kDropout) {
-      DropoutPairs<kParts / 4> drop(keys.philox, keys.groups, dropout.limit, block.row + tile.offset,
+      DropoutPairs<kParts / 4> drop(*block.philox, keys.groups, dropout.limit, block.row + tile.offset,
                                     begin / Dropout::kKeysPerCall, count / Dropout::kKeysPerCall,
                                     tile.kept + begin / 2);
       BothBeside both{drop, softmax};
@@ -248,16 +317,23 @@ struct AmxForward {
   }
 
   // Finishes a panel that waits.
-  TA_NOINLINE void add_values(const Block& block, const Tile& tile, const KeyBlock& keys) const {
+  TA_NOINLINE void add_values(const Block& block, const Tile& tile) const {
     const auto weigh = [&]<bool kDropout>() TA_INLINE_LAMBDA {
       softmax_of<kDropout, 0>(block, tile).finish(block.rescale + tile.offset, block.sum + tile.offset);
     };
     p.dropout_p > 0 ? weigh.template operator()<true>() : weigh.template operator()<false>();
-    multiply_values(block, tile, keys);
+    RowsAhead nothing;
+    AskBeside<Stored> ask(nothing);
+    multiply_values(block, tile, ask);
+  }
+
+  int64_t value_portions(const Tile& tile) const {
+    return AskBeside<Stored>::portions(value_dim / kTileSide, kAmxVectors,
+                                       (tile.span.end - tile.span.begin) / kTileDepth);
   }
 
   // Adds a panel's weighted values to its output.
-  void multiply_values(const Block& block, const Tile& tile, const KeyBlock& keys) const {
+  void multiply_values(const Block& block, const Tile& tile, AskBeside<Stored>& ask) const {
     float* out = block.out + tile.offset * value_dim;
     const float* rescale = block.rescale + tile.offset;
     if (tile.rescaled) {
@@ -265,12 +341,12 @@ struct AmxForward {
         store(out + i, load(out + i) * load(rescale + i % kAmxLanes));
       }
     }
-    const TileOperand value_operand = keys.value_columns.from_depth(tile.span.begin);
+    const TileOperand value_operand = tile.keys->value_columns.from_depth(tile.span.begin);
     const TileOperand weight_operand{block.weights, kAmxLanes * 4, kTileDepth / 2 * kAmxLanes * 4,
                                      kAmxKeys * kAmxLanes * 2};
-    tile_product<true, kSums<Stored>>(value_dim / kTileSide, kAmxVectors,
-                                      (tile.span.end - tile.span.begin) / kTileDepth, value_operand, weight_operand,
-                                      out, kAmxLanes);
+    ask.template product<true, kSums<Stored>>(value_dim / kTileSide, kAmxVectors,
+                                              (tile.span.end - tile.span.begin) / kTileDepth, value_operand,
+                                              weight_operand, out, kAmxLanes);
   }
 
   void finish(const Block& block, Scratch& scratch) const {

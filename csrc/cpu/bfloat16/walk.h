@@ -11,6 +11,9 @@ namespace torch_attn::cpu::TORCH_ATTN_ISA {
 // Query rows per task: in pieces, as many as leave room for the keys in the L2 cache.
 constexpr int64_t kAmxBackwardRows = 512;
 
+// Of a panel's RowsAhead: between its products.
+constexpr int64_t kPortions = 3;
+
 // Panels whose tiles are kept for one sum over their rows.
 constexpr int64_t kGroupPanels = 8;
 
@@ -176,11 +179,18 @@ struct AmxWalk {
     KeySpan spans[kGroupPanels];
     Tile *now = &tiles[0], *waiting = nullptr;
     for (int64_t i = 0; i < panels; ++i) {
-      next.prefetch(first + i);
-      now->offset = (first + i) * kAmxLanes;
+      const int64_t offset = (first + i) * kAmxLanes;
+      const int64_t then = offset + kAmxLanes < block.lanes ? offset + kAmxLanes : 0;
+      RowsAhead ahead;
+      next.add_share(first + i, ahead);
+      add_bias(stage.mask_rows, block.row + then, smaller(kAmxLanes, block.rows - then),
+               then > 0 ? keys.key : keys.key + keys.keys, keys.keys, ahead);
+      ahead.divide(kPortions);
+      now->offset = offset;
       now->half = half_tiles;
       now->half.weights += i * panel_size, now->half.gradients += i * panel_size;
-      const bool attends = add_dots(block, *now, waiting, stage, keys, slope_gradient);
+      const bool attends = add_dots(block, *now, waiting, stage, keys, slope_gradient, ahead);
+      ahead.ask_for_rest();
       spans[i] = now->span;
       if (!attends) continue;
       waiting = now;
@@ -205,12 +215,19 @@ struct AmxWalk {
   // The dots of one panel, and its scores. False if it attends none of the keys; its weights and gradients are 0 then.
   // The panel before, which waits with its dots, is finished meanwhile (see AmxForward::add_scores).
   TA_NOINLINE bool add_dots(const Block& block, Tile& now, const Tile* waiting, const ScoreStage<float>& stage,
-                            const KeyBlock& keys, float& slope_gradient) {
+                            const KeyBlock& keys, float& slope_gradient, RowsAhead& ahead) {
     const int64_t row = block.row + now.offset, rows = smaller(kAmxLanes, block.rows - now.offset);
     const KeySpan span = now.span = KeySpan::of(stage.band, row, rows, keys.key, keys.all_keys, kTileDepth);
     if (span.empty()) return false;
     BiasTile<float> bias;
-    if (!load_bias<float, kAmxVectors>(stage, tile.scratch, row, rows, keys.key, span, bias)) {
+    MaskedPanel masked;
+    MaskEffect effect = MaskEffect::kNone;
+    if (MaskedPanel::serves(stage, rows, span)) {
+      effect = masked.load(stage.mask_rows, row, keys.key, span);
+    } else if (!load_bias<float, kAmxVectors>(stage, tile.scratch, row, rows, keys.key, span, bias)) {
+      effect = MaskEffect::kExcludesAll;
+    }
+    if (effect == MaskEffect::kExcludesAll) {
       const int64_t from = span.begin * kAmxLanes, count = (span.end - span.begin) * kAmxLanes;
       for (int piece = 0; piece < kPieces; ++piece) {
         fill<uint16_t>(now.half.weights + piece * now.half.piece_stride + from, 0, count);
@@ -233,6 +250,7 @@ struct AmxWalk {
       } else {
         multiply.template operator()<1>();
       }
+      ahead.ask_for_portion();
       add_grad_query(*waiting, keys);
     } else {
       if (waiting != nullptr) add_gradients(block, *waiting, stage, keys, slope_gradient);
@@ -240,12 +258,14 @@ struct AmxWalk {
       multiply(block, now, keys, nothing);
     }
     now.factor = stage.dot_factor();
-    if (stage.changes_elements(bias) || span.has_edges()) {
+    if (effect == MaskEffect::kSome) {
+      now.factor = masked.apply<false>(span, now.factor, now.scores, nullptr);
+    } else if (stage.changes_elements(bias) || span.has_edges()) {
       modify_scores<float, kAmxVectors>(stage, bias, span.has_edges(), row, keys.key, span.begin, span.end, now.factor,
                                         now.scores, tile.scratch.derivative, nullptr);
       now.factor = 1;
     }
-    prefetch_next_bias(stage.mask_rows, block.row, block.rows, now.offset, kAmxLanes, keys.key, keys.keys);
+    ahead.ask_for_portion();
     return true;
   }
 
