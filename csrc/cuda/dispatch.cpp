@@ -32,7 +32,7 @@ std::vector<Plan> ask_tiers(const Call& call) {
 }
 std::vector<Plan> plans_of_two(const std::string& sm80_refusal) {
   Plan sm90, sm80, simt;
-  sm90.refusal = "it has attention's forward pass alone";
+  sm90.refusal = "it has attention alone";
   sm80.refusal = sm80_refusal;
   sm80.form = "on tensor cores";
   simt.form = "any type and size";

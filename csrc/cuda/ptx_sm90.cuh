@@ -1,5 +1,6 @@
-// PTX instructions of sm_90: mbarriers and bulk copies, for kernels whose warps produce and consume in a pipeline. As
-// in ptx.cuh, each is one named function, with a host version for the emulator.
+// PTX instructions for kernels whose warps produce and consume in a pipeline: mbarriers and bulk copies, barriers of
+// some warps, stores of matrices and atomic sums of four; sm_90. As in ptx.cuh, each is one named function, with a host
+// version for the emulator.
 //
 // An mbarrier is a 64-bit word in shared memory. Its phases are numbered from 0; one completes when all its arrivals
 // and all bytes that it was told to expect are in, and the next begins. A wait names the parity of the phase it waits
@@ -9,6 +10,7 @@
 #include "ptx.cuh"
 
 #if !defined(__CUDACC__)
+#include "emulator/matrix.h"
 #include "emulator/mbarrier.h"
 #endif
 
@@ -49,6 +51,23 @@ TA_DEVICE void cp_async_bulk(void* destination, const void* source, int bytes, u
                : "memory");
 }
 
+// A barrier, 1 … 15, of as many of the block's warps as have `threads`.
+TA_DEVICE void barrier_sync(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+// Four neighbouring numbers, aligned to 16 bytes, each added to what is there.
+TA_DEVICE void add_atomically(float* to, const float (&x)[4]) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x[0]), "f"(x[1]), "f"(x[2]),
+               "f"(x[3])
+               : "memory");
+}
+// ldmatrix_x4's counterpart.
+TA_DEVICE void stmatrix_x4(void* row, const uint32_t (&words)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+               "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+
 #else  // the emulator
 
 inline void mbarrier_init(uint64_t* barrier, int arrivals) { emulation::initialise_mbarrier(barrier, arrivals); }
@@ -59,6 +78,11 @@ inline void mbarrier_wait(uint64_t* barrier, int parity) { emulation::wait_for_m
 inline void cp_async_bulk(void* destination, const void* source, int bytes, uint64_t* barrier) {
   emulation::issue_bulk_copy(destination, source, bytes, barrier);
 }
+inline void barrier_sync(int barrier, int threads) { emulation::named_barrier(barrier, threads); }
+inline void add_atomically(float* to, const float (&x)[4]) {
+  for (int i = 0; i < 4; ++i) atomicAdd(to + i, x[i]);
+}
+inline void stmatrix_x4(void* row, const uint32_t (&words)[4]) { emulation::store_matrices(row, words); }
 
 #endif
 

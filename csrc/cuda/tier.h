@@ -25,7 +25,8 @@ struct Tier {
   const char* name;
   Plan (*plan)(const Call&);
   void (*forward)(const Call&, const ForwardOutputs&, void* workspace, const Stream&);
-  // What follows is null in a tier that refuses backward calls. The statistics are those of row_statistics.cuh.
+  // The next three are null in a tier whose backward calls are all planned as fused_gradients. The statistics are those
+  // of row_statistics.cuh.
   // query_gradient also writes each row's part of grad_alibi_slopes, if wanted.
   void (*query_gradient)(const AttentionProblem&, const BackwardTensors&, void* statistics, const Stream&);
   void (*key_value_gradient)(const AttentionProblem&, const BackwardTensors&, void* statistics, const Stream&);

@@ -107,6 +107,25 @@ __global__ void mbarrier_kernel(const uint32_t* in, uint32_t* out) {
 #endif
 }
 
+// Two warps. Words 0 … 3 of each lane's 16 go through a stored matrix and come back as the lane's row; what the other
+// warp stored is added to `out`, atomically, as floats.
+__global__ void stores_kernel(const uint32_t* in, float* out) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  TA_DYNAMIC_SHARED(memory);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const uint32_t words[4] = {in[lane * kInputWords], in[lane * kInputWords + 1], in[lane * kInputWords + 2],
+                             in[lane * kInputWords + 3]};
+  ptx::stmatrix_x4(memory + 16 * (32 * warp + lane), words);
+  ptx::barrier_sync(1, 64);
+  const uint32_t* const row = reinterpret_cast<const uint32_t*>(memory + 16 * (32 * (1 - warp) + lane));
+  float sum[4];
+  for (int i = 0; i < 4; ++i) sum[i] = static_cast<float>(row[i] >> 8);
+  ptx::add_atomically(out + 4 * lane, sum);
+#else
+  (void)in, (void)out;
+#endif
+}
+
 // Calls run(in, out) with the two buffers where the kernels run. Returns 0, or the CUDA error.
 template <class Run>
 int with_device_memory(const void* in, size_t in_bytes, void* out, size_t out_bytes, Run&& run) {
@@ -138,6 +157,15 @@ int run_conformance(bool bfloat16, const uint32_t* in, uint32_t* out) {
   return with_device_memory(in, 32 * kInputWords * 4, out, 32 * kOutputWords * 4, [&](void* from, void* to) {
     launch(bfloat16 ? conformance_kernel<BFloat16> : conformance_kernel<Float16>, 1, 32, kSharedBytes, Stream{},
            static_cast<const uint32_t*>(from), static_cast<uint32_t*>(to));
+  });
+}
+
+// in: 32 x 16 words; out: 32 x 4 numbers, zeros before.
+int run_stores_conformance(const uint32_t* in, float* out) {
+  using namespace torch_attn::cuda;
+  return with_device_memory(in, 32 * kInputWords * 4, out, 32 * 4 * 4, [&](void* from, void* to) {
+    clear(to, 32 * 4 * 4, Stream{});
+    launch(stores_kernel, 1, 64, 2 * 32 * 16, Stream{}, static_cast<const uint32_t*>(from), static_cast<float*>(to));
   });
 }
 

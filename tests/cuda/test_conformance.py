@@ -155,6 +155,26 @@ def test_mbarriers_and_bulk_copies_of_the_gpu_keep_their_order(compiled: ctypes.
     check_mbarriers(compiled)
 
 
+def check_stores(library: ctypes.CDLL) -> None:
+    inputs = torch.randint(1 << 30, (32, 16), dtype=torch.int32)
+    sums = torch.empty(32, 4)
+    pointers = ctypes.c_void_p(inputs.data_ptr()), ctypes.c_void_p(sums.data_ptr())
+    assert library.run_stores_conformance(*pointers) == 0
+    # Lane 8m + r receives row r of matrix m, of which lanes 4r, 4r + 1, … held a pair of elements each.
+    rows = inputs[:, :4].view(8, 4, 4).permute(2, 0, 1).reshape(32, 4)
+    assert torch.equal(sums, 2 * (rows >> 8).float())
+
+
+def test_emulated_stores_put_elements_where_they_belong(emulated: ctypes.CDLL) -> None:
+    check_stores(emulated)
+
+
+def test_stores_of_the_gpu_put_elements_where_they_belong(compiled: ctypes.CDLL) -> None:
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs sm_90")
+    check_stores(compiled)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gpu_computes_what_the_emulation_does(dtype: torch.dtype, emulated: ctypes.CDLL, compiled: ctypes.CDLL) -> None:
     inputs = torch.randn(32, 32).to(dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -61,16 +62,22 @@ def test_decoding_error_is_within_a_small_factor_of_torch_math(case: Case, dtype
     check_accurate(draw_call(case, dtype), rounds_weights=dtype in HALF)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(
+    "options", [{}, CAUSAL, {"window_left": 150, "window_right": 70}], ids=["full", "causal", "window"]
+)
+@pytest.mark.parametrize("head_dim", [64, 120, 128])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_gradients_with_atomics_are_as_accurate_as_without(dtype: torch.dtype, head_dim: int) -> None:
+def test_gradients_with_atomics_are_as_accurate_as_without(
+    dtype: torch.dtype, head_dim: int, options: dict[str, Any]
+) -> None:
     """Blocks enough for the kernel that adds with atomics to be chosen; explain says that it was."""
     sizes = {"batch": 8, "heads": 8, "kv_heads": 4, "query_length": 700, "key_length": 650}
-    case = Case("many_blocks", **sizes, head_dim=head_dim, value_dim=head_dim, options=CAUSAL)
+    case = Case("many_blocks", **sizes, head_dim=head_dim, value_dim=head_dim, options=options)
     call = draw_call(case, dtype, grad_logsumexp=False)
     gpu = on_gpu(call)
     explanation = explain(gpu.query, gpu.key, gpu.value, backward=True, **gpu.options)
     assert "adds with atomics" in str(explanation)
+    assert explanation.tier == ("sm90" if torch.cuda.get_device_capability() == (9, 0) else "sm80")
     check_accurate(call, rounds_weights=True)
 
 

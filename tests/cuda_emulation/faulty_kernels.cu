@@ -32,6 +32,38 @@ __global__ void exchange_in_warp(float* out, bool barrier) {
   out[i] = shared[i ^ 1];
 }
 
+// The same between two warps, by a barrier that has a name.
+__global__ void exchange_between_warps(float* out, bool barrier, int threads) {
+  TA_DYNAMIC_SHARED(memory);
+  float* const shared = reinterpret_cast<float*>(memory);
+  const int i = threadIdx.x;
+  shared[i] = static_cast<float>(i);
+  if (barrier) ptx::barrier_sync(1, threads);
+  out[i] = shared[i ^ 32];
+}
+
+// A copy of whose end others are told before it is waited for.
+__global__ void copy_told_too_early(const float* in, float* out, bool early) {
+  TA_DYNAMIC_SHARED(memory);
+  uint64_t* const full = reinterpret_cast<uint64_t*>(memory);
+  float* const tile = reinterpret_cast<float*>(full + 4);
+  if (threadIdx.x == 0) {
+    ptx::mbarrier_init(full, 1);
+    ptx::mbarrier_init_fence();
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    ptx::cp_async_16(tile, in, true);
+    ptx::cp_async_commit();
+    if (early) ptx::mbarrier_arrive(full);
+    ptx::cp_async_wait<0>();
+    if (!early) ptx::mbarrier_arrive(full);
+  } else if (threadIdx.x >= 32) {
+    ptx::mbarrier_wait(full, 0);
+    out[threadIdx.x] = tile[threadIdx.x % 4];
+  }
+}
+
 __global__ void copy_through_shared(const float* in, float* out, bool wait, bool barrier, bool early_overwrite) {
   TA_DYNAMIC_SHARED(memory);
   float* const shared = reinterpret_cast<float*>(memory);
@@ -168,6 +200,14 @@ constexpr Kernel kKernels[] = {
     {"exchange without barrier before overwriting", [](float* out, const float*) { exchange(out, true, false); }},
     {"exchange in warp", [](float* out, const float*) { exchange_in_warp(out, true); }},
     {"exchange in warp without barrier", [](float* out, const float*) { exchange_in_warp(out, false); }},
+    {"exchange between warps", [](float* out, const float*) { exchange_between_warps(out, true, kThreads); }},
+    {"exchange between warps without barrier",
+     [](float* out, const float*) { exchange_between_warps(out, false, kThreads); }},
+    {"exchange between warps with a barrier of one",
+     [](float* out, const float*) { exchange_between_warps(out, true, kThreads / 2); }},
+    {"pipeline of a copy", [](float* out, const float* in) { copy_told_too_early(in, out, false); }},
+    {"pipeline of a copy that is told too early",
+     [](float* out, const float* in) { copy_told_too_early(in, out, true); }},
     {"copy", [](float* out, const float* in) { copy_through_shared(in, out, true, true, false); }},
     {"copy without wait", [](float* out, const float* in) { copy_through_shared(in, out, false, true, false); }},
     {"copy without barrier", [](float* out, const float* in) { copy_through_shared(in, out, true, false, false); }},

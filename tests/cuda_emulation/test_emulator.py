@@ -13,17 +13,22 @@ from .test_kernels import random_seed
 CORRECT = [
     "exchange",
     "exchange in warp",
+    "exchange between warps",
     "copy",
     "access",
     "blocks add with atomics",
     "pipeline",
     "pipeline of stores",
+    "pipeline of a copy",
 ]
 # The bug, and what the report must say.
 FAULTY = {
     "exchange without barrier before reading": "race: a load reads shared memory|nobody has written",
     "exchange without barrier before overwriting": "race: a (store writes|load reads) shared memory",
     "exchange in warp without barrier": "race: a load reads shared memory|nobody has written",
+    "exchange between warps without barrier": "race: a load reads shared memory|nobody has written",
+    "exchange between warps with a barrier of one": "race: a load reads shared memory|nobody has written",
+    "pipeline of a copy that is told too early": "race: a load reads shared memory|cp.async still copies",
     "copy without wait": "cp.async still copies",
     "copy without barrier": "race: a load reads shared memory|cp.async still copies|nobody has written",
     "copy with early release": "race: .* shared memory|cp.async still copies",

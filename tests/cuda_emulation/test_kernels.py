@@ -115,7 +115,8 @@ def test_sm80_widths(case: Case, dtype: torch.dtype, device: Device) -> None:
 
 
 SM90_CASES = [case for case in CASES if case.head_dim % 8 == 0 and case.value_dim % 8 == 0]
-SM90_CASES = [*SM90_CASES, *(case for case in SM80_WIDTHS if max(case.head_dim, case.value_dim) <= 128)]
+SM90_CASES += [case for case in SM80_WIDTHS if max(case.head_dim, case.value_dim) <= 128]
+SM90_CASES += [Case("large_logsumexp", head_dim=64, value_dim=64, options={"scale": 600.0}, **ONE_HEAD)]
 
 
 def is_served_by_sm90(device: Device, call: Call) -> bool:
@@ -131,6 +132,21 @@ def test_sm90_forward(case: Case, dtype: torch.dtype, device: Device) -> None:
     device.force_tier("sm90")
     device.configure(random_seed())
     assert_accurate(call, Run(device, call, (0, 0)).forward(), None, rounds_weights=True)
+
+
+FUSED = "+one kernel for grad_query, grad_key and grad_value, which adds with atomics"
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("case", SM90_CASES, ids=str)
+def test_sm90_gradients(case: Case, dtype: torch.dtype, device: Device) -> None:
+    call = draw_call(case, dtype)
+    device.configure(random_seed(), multiprocessors=int(torch.randint(1, 9, ())))
+    run = Run(device, call, (0, 0), deterministic=False)
+    results = run.forward() | run.backward()
+    if run.backward_tiers["sm90"] != FUSED:
+        pytest.skip(run.backward_tiers["sm90"])
+    assert_accurate(call, results, None, rounds_weights=True)
 
 
 TF32_CASES = ["long", "window", "grouped_query_causal", "float_mask_causal", "dropout_causal_grouped", "everything"]
@@ -156,7 +172,6 @@ FUSED_WIDTHS = [
     Case("dim_128_causal", head_dim=128, value_dim=128, options=CAUSAL, **ONE_HEAD),
     Case("dim_80_value_120_masked", head_dim=80, value_dim=120, draw=bool_mask("L", "S"), options=FULL, **ONE_HEAD),
 ]
-FUSED = "+one kernel for grad_query, grad_key and grad_value, which adds with atomics"
 
 
 @pytest.mark.parametrize(
@@ -197,10 +212,12 @@ def test_gradients_are_fused_where_it_is_allowed_and_gains(device: Device) -> No
     assert form(query_length=300, multiprocessors=20) == two
 
 
+@pytest.mark.parametrize("deterministic", [True, False], ids=["", "atomics"])
 @pytest.mark.parametrize("case", [Case("no_batch", batch=0), Case("no_rows", query_length=0)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_an_empty_call_does_nothing(case: Case, dtype: torch.dtype, device: Device) -> None:
-    results, _ = run_on(device, draw_call(case, dtype), (0, 0))
+def test_an_empty_call_does_nothing(case: Case, dtype: torch.dtype, deterministic: bool, device: Device) -> None:
+    run = Run(device, draw_call(case, dtype), (0, 0), deterministic=deterministic)
+    results = run.forward() | run.backward()
     for name in ("grad_key", "grad_value"):
         assert not results[name].any()
 
@@ -250,10 +267,18 @@ def test_each_tier_serves_or_says_why_not(device: Device) -> None:
     assert sm90(head_dim=20) == "head_dim and value_dim must be multiples of 8"
     assert sm90(query_length=2, key_length=900) == "few rows want their keys split"
     assert "multiples of 16 bytes" in Run(device, shifted, (0, 0)).tiers()["sm90"]
-    run = Run(device, draw_call(Case("call"), torch.float16), (0, 0))
-    run.forward()
-    run.backward()
-    assert run.backward_tiers["sm90"] == "it has no backward pass"
+
+    def sm90_backward(wanted: list[str] | None = None, deterministic: bool = False, **sizes: Any) -> str:
+        run = Run(device, draw_call(Case("call", **sizes), torch.float16), (0, 0), deterministic=deterministic)
+        run.forward()
+        run.backward(wanted)
+        return run.backward_tiers["sm90"]
+
+    assert sm90_backward() == sm90_backward(["query", "value"]) == FUSED
+    assert sm90_backward(options={"softcap": 3.0}).startswith("it has no softcap")
+    assert sm90_backward(deterministic=True) == "its gradients are sums of atomics, and deterministic ones are wanted"
+    for wanted in (["query"], ["key", "value"]):
+        assert sm90_backward(wanted) == "it computes grad_query together with grad_key and grad_value"
     device.force_tier("sm80")
     with pytest.raises(
         KernelError, match="no CUDA kernel can serve this call .*sm80: it takes float16, bfloat16 and float32; simt"
@@ -323,6 +348,7 @@ KERNELS = [
     Kernel("query_gradient", "sm80", query_gradient),
     Kernel("forward", "sm90", Run.forward, redundant_warp_barriers=FIRST, key_length=500),
     Kernel("key_value_gradient", "sm80", key_value_gradient),
+    Kernel("all_gradients", "sm90", Run.backward, deterministic=False, query_length=500),
     Kernel("all_gradients", "sm80", Run.backward, redundant_warp_barriers=FIRST, deterministic=False),
 ]
 BARRIERS = {
@@ -362,18 +388,40 @@ def test_the_loss_of_any_barrier_or_wait_is_noticed(kernel: Kernel, device: Devi
         assert unnoticed(device, run, kernel, Fault.SKIP_WARP_BARRIER, 2) == kernel.redundant_warp_barriers
 
 
+def several_steps(device: Device, head_dim: int) -> Run:
+    """On sm90: more steps, forward and backward, than there are buffers."""
+    sizes = {"batch": 1, "heads": 1, "kv_heads": 1, "query_length": 500, "key_length": 300}
+    case = Case("several_steps", head_dim=head_dim, value_dim=head_dim, **sizes)
+    device.force_tier("sm90")
+    return Run(device, draw_call(case, torch.bfloat16), (0, 0), deterministic=False)
+
+
 @needs_access_reports
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("call", range(4))
 def test_products_that_are_not_waited_for_show(call: int, head_dim: int, device: Device) -> None:
     """They are computed as late as they may be: the result is wrong, or their operands have been written to."""
-    sizes = {"batch": 1, "heads": 1, "kv_heads": 1, "query_length": 70, "key_length": 300}
-    case = Case("several_steps", head_dim=head_dim, value_dim=head_dim, **sizes)
-    device.force_tier("sm90")
-    run = Run(device, draw_call(case, torch.bfloat16), (0, 0))
+    run = several_steps(device, head_dim)
     right = run.forward()["out"]
     device.configure(fault=Fault.SKIP_PRODUCT_WAIT, fault_call=call)
     try:
         assert not torch.equal(run.forward()["out"], right)
     except KernelError as error:
         assert "wgmma" in str(error)
+
+
+@needs_access_reports
+@pytest.mark.parametrize("fault", [Fault.SKIP_PRODUCT_WAIT, Fault.WRONG_PHASE, Fault.EARLY_RELEASE])
+@pytest.mark.parametrize("call", range(4))
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_gradients_out_of_step_show(head_dim: int, call: int, fault: Fault, device: Device) -> None:
+    """Products that are not waited for, and mbarriers whose other phase is waited for or that are passed on early."""
+    run = several_steps(device, head_dim)
+    run.forward()
+    right = run.backward()
+    device.configure(random_seed(), fault, call)
+    try:
+        wrong = run.backward()
+    except KernelError:
+        return
+    assert any(not torch.allclose(wrong[name].float(), x.float(), rtol=0.1, atol=0.1) for name, x in right.items())

@@ -41,7 +41,7 @@ def check_packed(device: Device, call: PackedCall, tier: str, deterministic: boo
     run = PackedRun(device, call, random_rng_state(), deterministic=deterministic)
     results = run.forward() | run.backward()
     keep = run.keep_mask() if run.problem.dropout_p > 0 else None
-    assert_accurate(call, results, keep, rounds_weights=tier == "sm80")
+    assert_accurate(call, results, keep, rounds_weights=tier != "simt")
     return run
 
 
@@ -51,10 +51,11 @@ def test_packed_sequences(case: PackedCase, tier: str, dtype: torch.dtype, devic
     check_packed(device, PackedCall.drawn(case, dtype), tier)
 
 
+@pytest.mark.parametrize("tier", ["sm80", "sm90"])
 @pytest.mark.parametrize("case", PACKED[:2], ids=str)
-def test_packed_sequences_with_fused_gradients(case: PackedCase, device: Device) -> None:
-    run = check_packed(device, PackedCall.drawn(case, torch.bfloat16), "sm80", deterministic=False)
-    assert run.backward_tiers["sm80"] == FUSED
+def test_packed_sequences_with_fused_gradients(case: PackedCase, tier: str, device: Device) -> None:
+    run = check_packed(device, PackedCall.drawn(case, torch.bfloat16), tier, deterministic=False)
+    assert run.backward_tiers[tier] == FUSED
 
 
 def test_packed_sequences_of_few_rows_split_their_keys(device: Device) -> None:

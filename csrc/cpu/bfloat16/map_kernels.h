@@ -10,10 +10,16 @@ namespace torch_attn::cpu::TORCH_ATTN_ISA {
 constexpr int64_t kFewestMapRows = 16, kFewestMapKeys = 32;
 
 static void map_weights(const AttentionProblem& p, const SoftmaxOutputs& outputs, const Parallel& parallel) {
-  const bool suits = p.dtype == ScalarType::kBFloat16 && p.batch * p.kv_heads > 0 && p.query_length >= kFewestMapRows &&
-                     p.key_length >= kFewestMapKeys;
-  if (!suits) return kAvx512MapKernels.weights(p, outputs, parallel);
-  outputs.logsumexp == nullptr ? softmax_weights(p, outputs, parallel) : weights_with<AmxPanel>(p, outputs, parallel);
+  const bool suits = p.batch * p.kv_heads > 0 && p.query_length >= kFewestMapRows && p.key_length >= kFewestMapKeys;
+  if (suits && p.dtype == ScalarType::kBFloat16) {
+    return outputs.logsumexp == nullptr ? softmax_weights(p, outputs, parallel)
+                                        : weights_with<AmxPanel<BFloat16>>(p, outputs, parallel);
+  }
+#if defined(__AMX_BF16__)
+  if (suits && p.dtype == ScalarType::kFloat16) return weights_with<AmxPanel<Float16>>(p, outputs, parallel);
+  if (suits && p.dtype == ScalarType::kFloat32) return weights_with<AmxPanel<float>>(p, outputs, parallel);
+#endif
+  kAvx512MapKernels.weights(p, outputs, parallel);
 }
 
 static void map_statistics(const AttentionProblem& p, const StatisticsOutputs& outputs, const Parallel& parallel) {

@@ -107,9 +107,9 @@ TA_NOINLINE inline void write_heads(const PairedHeads& heads, int64_t keys, cons
 }
 
 struct AmxSoftmaxWeights {
-  using Shared = AmxPanel::Shared;
+  using Shared = AmxPanel<BFloat16>::Shared;
   using Softmax = OnlineSoftmax<VectorMath<float>>;
-  static constexpr int64_t kPanels = kTaskRows / kAmxLanes, kKeys = AmxPanel::kKeys;
+  static constexpr int64_t kPanels = kTaskRows / kAmxLanes, kKeys = AmxPanel<BFloat16>::kKeys;
 
   const AttentionProblem& p;
   const SoftmaxOutputs& outputs;
@@ -327,7 +327,7 @@ struct AmxSoftmaxWeights {
 TA_INLINE void softmax_weights(const AttentionProblem& problem, const SoftmaxOutputs& outputs,
                                const Parallel& parallel) {
   Scratch scratch;
-  const AmxPanel::Shared shared(problem, outputs.out.defined(), parallel, scratch);
+  const AmxPanel<BFloat16>::Shared shared(problem, outputs.out.defined(), parallel, scratch);
   const AmxSoftmaxWeights kernel(problem, outputs, shared);
   for_each_item(parallel, kernel.items(), [&](int64_t item, Scratch& memory) { kernel.run(item, memory); });
 }

@@ -1,7 +1,8 @@
-// The two products of ../map_weights.h for bfloat16, those of tiles.h. Included by map_kernels.h.
+// The two products of ../map_weights.h by those of tiles.h. Included by map_kernels.h.
 #pragma once
 
 #include "../map_weights.h"
+#include "operands.h"
 #include "panel.h"
 
 namespace torch_attn::cpu::TORCH_ATTN_ISA {
@@ -28,14 +29,16 @@ TA_NOINLINE void scale_scores(int64_t begin, int64_t end, float factor, float* s
 }
 
 // A panel is 32 or 64 rows: with more of them, keys and values, which come from the L2 cache, are read less often.
+template <class Stored>
 struct AmxPanel {
   using Real = float;
+  static constexpr int kPieces = kPiecesOf<Stored>;
   static constexpr int64_t kRows = 2 * kAmxLanes;
   static constexpr int64_t kKeys = kAmxKeys / 2;
   static constexpr int64_t kPaddedKeys = kTileDepth;
 
   // All keys and, transposed, values, padded to whole tiles once for all panels of rows, in blocks of keys:
-  // [batch · kv head][block][key][column] and [batch · kv head][block][column][key].
+  // [batch · kv head][block][key][column] and [batch · kv head][block][column][key], or the same in pieces.
   struct Shared {
     int64_t key_columns, value_columns, blocks;
     uint16_t *keys, *values = nullptr;
@@ -45,12 +48,20 @@ struct AmxPanel {
           value_columns(round_up(p.value_dim, kTileDepth)),
           blocks((p.key_length + kKeys - 1) / kKeys) {
       const int64_t all_keys = p.batch * p.kv_heads * blocks * kKeys;
-      keys = scratch.take<uint16_t>(all_keys * key_columns);
-      if (with_output) values = scratch.take<uint16_t>(all_keys * value_columns);
+      keys = scratch.take<uint16_t>(kPieces * all_keys * key_columns);
+      if (with_output) values = scratch.take<uint16_t>(kPieces * all_keys * value_columns);
       for_each_item(parallel, p.batch * p.kv_heads * blocks, [&](int64_t item, Scratch& memory) {
         const int64_t key = item % blocks * kKeys, kv_head = item / blocks % p.kv_heads;
         const int64_t batch = item / blocks / p.kv_heads, count = smaller(kKeys, p.key_length - key);
-        uint16_t* copy = keys + item * kKeys * key_columns;
+        uint16_t* copy = keys + item * kPieces * kKeys * key_columns;
+        uint16_t* columns = with_output ? values + item * kPieces * kKeys * value_columns : nullptr;
+        if constexpr (kPieces > 1) {
+          SplitSource<Stored>(p.key, batch, kv_head, key, count, p.head_dim, kKeys, key_columns, copy).by_rows();
+          if (!with_output) return;
+          SplitSource<Stored>(p.value, batch, kv_head, key, count, p.value_dim, kKeys, value_columns, nullptr)
+              .by_columns(columns, nullptr);
+          return;
+        }
         const HalfRows key_rows = half_rows(p.key, batch, kv_head, key, count, p.head_dim, kKeys, key_columns, copy);
         for (int64_t i = 0; key_rows.data != copy && i < kKeys; ++i)
           __builtin_memcpy(copy + i * key_columns, key_rows.data + i * key_rows.stride, key_columns * sizeof(uint16_t));
@@ -58,11 +69,22 @@ struct AmxPanel {
         auto* rows = memory.take<uint16_t>(kKeys * value_columns);
         auto* pairs = memory.take<uint16_t>(kKeys * value_columns);
         const HalfRows in = half_rows(p.value, batch, kv_head, key, count, p.value_dim, kKeys, value_columns, rows);
-        transpose_rows(values + item * value_columns * kKeys, in, kKeys, value_columns, pairs);
+        transpose_rows(columns, in, kKeys, value_columns, pairs);
       });
     }
     int64_t block(const AttentionProblem& p, int64_t batch, int64_t head, int64_t key) const {
       return (batch * p.kv_heads + head / (p.heads / p.kv_heads)) * blocks + key / kKeys;
+    }
+    // A block's keys by rows and values by columns.
+    TileOperand keys_of(int64_t block) const {
+      const uint16_t* place = keys + block * kPieces * kKeys * key_columns;
+      if constexpr (kPieces == 1) return {place, key_columns * 2, kTileDepth * 2};
+      return {place, kTileDepth * 2, kKeys * kTileDepth * 2, kKeys * key_columns * 2};
+    }
+    TileOperand values_of(int64_t block) const {
+      const uint16_t* place = values + block * kPieces * kKeys * value_columns;
+      if constexpr (kPieces == 1) return {place, kKeys * 2, kTileDepth * 2};
+      return {place, kTileDepth * 2, value_columns * kTileDepth * 2, kKeys * value_columns * 2};
     }
   };
 
@@ -75,16 +97,15 @@ struct AmxPanel {
 
   AmxPanel(const AttentionProblem& problem, const Shared& state, Scratch& scratch)
       : p(problem), shared(state), tile(problem, scratch) {
-    query = scratch.take<uint16_t>(kRows * shared.key_columns);
-    row_memory = scratch.take<uint16_t>(kRows * shared.key_columns);
-    pairs = scratch.take<uint16_t>(kKeys * kRows);
+    query = scratch.take<uint16_t>(kPieces * kRows * shared.key_columns);
+    row_memory = scratch.take<uint16_t>(kPieces * kRows * shared.key_columns);
+    pairs = scratch.take<uint16_t>(kPieces * kKeys * kRows);
   }
 
   void start(int64_t new_batch, int64_t new_head, int64_t first_row, int64_t row_count) {
     batch = new_batch, head = new_head, row = first_row, rows = row_count;
-    const HalfRows loaded =
-        half_rows(p.query, batch, head, row, rows, p.head_dim, rows, shared.key_columns, row_memory);
-    pack_pairs(query, rows > kAmxLanes ? kRows : kAmxLanes, loaded, rows, shared.key_columns);
+    const Source<Stored> in(p.query, batch, head, row, rows, p.head_dim, rows, shared.key_columns, row_memory);
+    in.lanes(query, kRows * shared.key_columns, 0, rows > kAmxLanes ? kRows : kAmxLanes);
   }
 
   template <class Body>
@@ -98,12 +119,10 @@ struct AmxPanel {
     const KeySpan span = KeySpan::of(stage.band, row, rows, key, round_up(keys, kTileDepth), kTileDepth);
     BiasTile<float> bias;
     if (span.empty() || !load_bias<float, kVectors>(stage, tile, row, rows, key, span, bias)) return false;
-    const uint16_t* key_rows =
-        shared.keys + (shared.block(p, batch, head, key) * kKeys + span.begin) * shared.key_columns;
-    const TileOperand key_operand{key_rows, shared.key_columns * 2, kTileDepth * 2};
-    const TileOperand query_operand{query, width * 4, kTileDepth / 2 * width * 4};
-    tile_product<false>((span.end - span.begin) / kTileSide, kVectors, shared.key_columns / kTileDepth, key_operand,
-                        query_operand, out + span.begin * width, width);
+    const TileOperand key_operand = shared.keys_of(shared.block(p, batch, head, key)).from_row(span.begin);
+    const TileOperand query_operand{query, width * 4, kTileDepth / 2 * width * 4, kRows * shared.key_columns * 2};
+    tile_product<false, kDots<Stored>>((span.end - span.begin) / kTileSide, kVectors, shared.key_columns / kTileDepth,
+                                       key_operand, query_operand, out + span.begin * width, width);
     const float nothing = -__builtin_inff();
     fill<float>(out, nothing, span.begin * width);
     if (span.end < keys) fill<float>(out + span.end * width, nothing, (keys - span.end) * width);
@@ -116,8 +135,7 @@ struct AmxPanel {
     return true;
   }
 
-  // Weights will be rounded to bfloat16.
-  static TA_INLINE Vec<float> exp(Vec<float> x) { return exp_for_half(x); }
+  static TA_INLINE Vec<float> exp(Vec<float> x) { return exp_for<Stored>(x); }
 
   template <int kVectors>
   TA_NOINLINE void combine(int64_t key, int64_t keys, const float* weights, float* out) {
@@ -126,15 +144,14 @@ struct AmxPanel {
     for (int64_t j = 0; j < all_keys; j += 2) {
       for (int n = 0; n < kVectors; ++n) {
         const float* place = weights + j * width + n * n_lanes;
-        store_pairs(pairs + j * width + 2 * n * n_lanes, j < keys ? load(place) : splat(0.0f),
-                    j + 1 < keys ? load(place + width) : splat(0.0f));
+        store_pairs<Stored>(pairs + j * width + 2 * n * n_lanes, kKeys * kRows, j < keys ? load(place) : splat(0.0f),
+                            j + 1 < keys ? load(place + width) : splat(0.0f));
       }
     }
-    const uint16_t* values = shared.values + shared.block(p, batch, head, key) * shared.value_columns * kKeys;
-    const TileOperand value_operand{values, kKeys * 2, kTileDepth * 2};
-    const TileOperand weight_operand{pairs, width * 4, kTileDepth / 2 * width * 4};
-    tile_product<true>(value_columns() / kTileSide, kVectors, all_keys / kTileDepth, value_operand, weight_operand, out,
-                       width);
+    const TileOperand value_operand = shared.values_of(shared.block(p, batch, head, key));
+    const TileOperand weight_operand{pairs, width * 4, kTileDepth / 2 * width * 4, kKeys * kRows * 2};
+    tile_product<true, kSums<Stored>>(value_columns() / kTileSide, kVectors, all_keys / kTileDepth, value_operand,
+                                      weight_operand, out, width);
   }
 
   int64_t value_columns() const { return round_up(p.value_dim, kTileSide); }
@@ -144,6 +161,12 @@ struct AmxPanel {
   static TA_NOINLINE int64_t write(const TensorView& out, char* columns, const float* weights, const float* factor,
                                    int64_t rows, int64_t keys) {
     constexpr int n_lanes = kLanes<float>, width = kVectors * n_lanes;
+    if constexpr (sizeof(Stored) == 4) {
+      const int64_t done = round_down(keys, n_lanes);
+      if (done > 0) unpack_panel(reinterpret_cast<float*>(columns), out.stride[2], weights, width, factor, rows, done);
+      return done;
+    }
+    if constexpr (kPieces > 1) return 0;
     const int64_t done = round_down(keys, 2 * n_lanes);
     for (int64_t i = 0; i < rows; i += n_lanes) {
       const Vec<float> multiplier = load(factor + i);

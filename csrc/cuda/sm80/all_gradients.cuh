@@ -5,7 +5,7 @@
 #pragma once
 
 #include "gradient_steps.cuh"
-#include "query_sums.h"
+#include "query_sums.cuh"
 
 namespace torch_attn::cuda::sm80 {
 
@@ -26,12 +26,6 @@ struct FusedShared {
   Tile<T, kFusedKeys, kStep> grad_score;
   int kv_head;  // for after the loop: a register less in it
 };
-
-// The sums of the 16 rows from `row`, a multiple of 16, on.
-template <int kDim>
-TA_DEVICE float* query_sums(float* sums, const AttentionProblem& p, int batch, int head, int row) {
-  return sums + int64_t{QuerySums::first_tile(p, batch, head) * QuerySums::kRows + row} * kDim;
-}
 
 // sum += (16 columns of a, from a_column on)ᵀ · b's columns [column, column + kColumns).
 template <int kColumns, class A, class B>
@@ -142,29 +136,6 @@ __global__ void __launch_bounds__(kFusedThreads)
                         first + warp_row, 0, grad_value, value_factors, shared.value, warp_row);
 }
 
-// The sums become grad_query: a block for 64 rows of a head.
-template <class T, int kDim, bool kFull>
-__global__ void __launch_bounds__(kThreads) store_query_sums_kernel(const __grid_constant__ AttentionProblem p,
-                                                                    const TensorView grad_query, float* const sums) {
-  TA_DYNAMIC_SHARED(memory);
-  auto& tile = *reinterpret_cast<Tile<T, QuerySums::kRows, kDim>*>(memory);
-  const int64_t tiles = ceil_div(p.query_length, QuerySums::kRows);
-  const int head = static_cast<int>(blockIdx.x / tiles % p.heads);
-  const int batch = static_cast<int>(blockIdx.x / tiles / p.heads), warp_row = 16 * warp_index();
-  const int tile_row = static_cast<int>(blockIdx.x % tiles) * QuerySums::kRows, row = tile_row + warp_row;
-  const int64_t queries = p.queries_of(batch);
-  if (tile_row >= queries) return;  // of a packed sequence shorter than others
-  const float* const from = query_sums<kDim>(sums, p, batch, head, row) + lane_index();
-  float result[1][kDim / 8][4];
-#pragma unroll
-  for (int n = 0; n < kDim / 8; ++n)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) result[0][n][i] = from[(4 * n + i) * 32];
-  const float scale = score_factor<kFull>(p), factors[1][2] = {{scale, scale}};
-  const Rows<T> to(grad_query, batch, head, queries, p.head_dim, p.first_query(batch));
-  store_rows<1, kDim>(to, row, 0, result, factors, tile, warp_row);
-}
-
 template <class T, int kDim, bool kFull>
 void all_gradients(const AttentionProblem& p, const BackwardTensors& t, void* statistics, void* workspace,
                    const Stream& stream) {
@@ -173,8 +144,7 @@ void all_gradients(const AttentionProblem& p, const BackwardTensors& t, void* st
   const int64_t tiles = (p.key_length + kFusedKeys - 1) / kFusedKeys;
   launch(all_gradients_kernel<T, kDim, kFull>, p.batch * p.kv_heads * tiles, kFusedThreads,
          sizeof(FusedShared<T, kDim>), stream, p, t, RowStatistics<float>(p, statistics), sums);
-  launch(store_query_sums_kernel<T, kDim, kFull>, p.batch * p.heads * QuerySums::tiles(p), kThreads,
-         sizeof(Tile<T, QuerySums::kRows, kDim>), stream, p, t.grad_query, sums);
+  store_query_sums<T, kDim, ElementsApart>(p, t.grad_query, sums, score_factor<kFull>(p), stream);
 }
 
 }  // namespace torch_attn::cuda::sm80

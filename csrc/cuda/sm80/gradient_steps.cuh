@@ -99,7 +99,7 @@ TA_DEVICE void weights_and_gradients(float (&x)[1][kGroups][4], float (&grad)[1]
 
 // What the accumulated gradients are multiplied by at the end.
 template <bool kFull>
-TA_DEVICE float score_factor(const AttentionProblem& p) {
+TA_HOST_DEVICE float score_factor(const AttentionProblem& p) {
   return kFull ? 1.0f : static_cast<float>(p.scale);
 }
 template <bool kFull>

@@ -6,8 +6,8 @@
 
 namespace torch_attn::cuda::sm80 {
 
-// float32, for each 16 rows of a head and each 8 columns the 128 elements in the order of an accumulator: first element
-// 0 of all lanes, then element 1, and so on. A warp adds 32 neighbours at a time.
+// float32, for each 16 rows of a head and each 8 columns 128 sums, in the order of a warp's accumulators
+// (query_sums.cuh).
 struct QuerySums {
   static constexpr int kRows = 64;  // the rows of a head and batch entry are padded to a multiple of it
 

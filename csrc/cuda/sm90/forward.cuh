@@ -5,30 +5,15 @@
 #pragma once
 
 #include "../launch.h"
-#include "../ptx_sm90a.cuh"
-#include "../sm80/score_tile.cuh"
+#include "operand.cuh"
 #include "variants.h"
-
-// Machine code for other GPUs has these kernels without their bodies.
-#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define TA_HAS_WGMMA 1
-#else
-#define TA_HAS_WGMMA 0
-#endif
 
 namespace torch_attn::cuda::sm90 {
 
-using sm80::copy_tile;
 using sm80::lane_index;
 using sm80::row_max;
 using sm80::row_sum;
-using sm80::Rows;
-using sm80::Tile;
 using sm80::TileRange;
-
-constexpr int kWarpgroup = 128;     // threads
-constexpr int kWarpgroupRows = 64;  // of wgmma
-constexpr int kPartColumns = 64;    // of a line of 128 bytes
 
 // Registers bound the keys of a step: its scores take kKeys / 2 of a thread's 255, its weights kKeys / 4, the output
 // kDim / 2. On an H200, bfloat16, full attention in TFLOP/s: 64 columns 318 so (length 4096), with two warpgroups in
@@ -40,36 +25,6 @@ struct ForwardShape {
   static constexpr int kKeys = 128;
   static constexpr int kStages = 3;  // steps whose keys and values are in shared memory or on their way there
   static constexpr int kThreads = kWarpgroups * kWarpgroup, kRows = kWarpgroups * kWarpgroupRows;
-};
-
-// Rows of kDim elements, cut into parts whose lines are those of wgmma; Tile's permutation of a line's pieces is the
-// 128-byte swizzle.
-template <class T, int kRows, int kDim>
-struct Operand {
-  Tile<T, kRows, kPartColumns> part[kDim / kPartColumns];
-
-  static constexpr int kLine = 128, kGroup = 8 * kLine, kPart = kRows * kLine;
-
-  template <int kThreads>
-  TA_DEVICE void copy(const Rows<T>& rows, int64_t row) {
-    Rows<T> columns = rows;
-#pragma unroll 1
-    for (auto& tile : part) {  // not unrolled: its addresses would take registers that are spilled
-      copy_tile<kThreads>(tile, columns, row);
-      columns.data += kPartColumns;
-      columns.columns -= kPartColumns;
-    }
-  }
-  // 64 or kRows rows from `row` on, elements [16 k, 16 k + 16) of each.
-  TA_DEVICE ptx::SharedMatrix rows(int row, int k) const {
-    const ptx::SharedMatrix all(part, kGroup, 0);
-    return all.after(row * kLine + k / 4 * kPart + k % 4 * 32);
-  }
-  // Rows [16 k, 16 k + 16), each element of which is a row of the operand: transposed.
-  TA_DEVICE ptx::SharedMatrix columns(int k) const {
-    const ptx::SharedMatrix all(part, kGroup, kPart);
-    return all.after(k * 2 * kGroup);
-  }
 };
 
 template <class T, int kDim>

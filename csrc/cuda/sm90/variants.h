@@ -10,6 +10,8 @@ namespace torch_attn::cuda::sm90 {
 // T: Float16 or BFloat16. kDim: the largest head_dim and value_dim served.
 template <class T, int kDim>
 void forward(const AttentionProblem&, const ForwardOutputs&, const Stream&);
+template <class T, int kDim>
+void all_gradients(const AttentionProblem&, const BackwardTensors&, void* statistics, void* workspace, const Stream&);
 
 #define TA_SM90_VARIANTS(VARIANT) \
   VARIANT(Float16, 64)            \

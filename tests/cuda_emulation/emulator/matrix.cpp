@@ -1,4 +1,5 @@
-// Which lane holds which element is from the PTX ISA, "Matrix fragments for mma.m16n8k16", "… m16n8k8", "ldmatrix".
+// Which lane holds which element is from the PTX ISA, "Matrix fragments for mma.m16n8k16", "… m16n8k8", "ldmatrix",
+// "stmatrix".
 #include "matrix.h"
 
 #include <cstring>
@@ -97,6 +98,21 @@ void load_matrices(uint32_t (&result)[4], const void* row, bool transpose) {
       }
   });
   std::memcpy(result, argument.result, sizeof(result));
+}
+
+void store_matrices(void* row, const uint32_t (&words)[4]) {
+  if (reinterpret_cast<uintptr_t>(row) % 16) fail("stmatrix.x4: a row's address is not a multiple of 16");
+  if (!is_shared(row)) fail("stmatrix.x4: a row's address is not in shared memory");
+  struct Argument {
+    const uint32_t* words;
+    uint32_t piece[4];  // the lane's row
+  } argument{words, {}};
+  warp_collective("stmatrix.x4", ~0u, argument, [](Argument** lanes) {
+    for (int lane = 0; lane < kWarpSize; ++lane)
+      for (int i = 0; i < 4; ++i) lanes[lane]->piece[i] = lanes[lane % 8 * 4 + i]->words[lane / 8];
+  });
+  check_write(row, 16, "stmatrix.x4");
+  std::memcpy(row, argument.piece, 16);
 }
 
 void multiply_accumulate_16x8x16(Half type, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {

@@ -250,8 +250,10 @@ void end_bulk_copy(void* destination, size_t bytes) {
 void end_copy_to_shared(void* destination, size_t bytes) {
   const size_t first = static_cast<size_t>(static_cast<unsigned char*>(destination) - shared.begin) / kSharedGranule;
   for (size_t i = first; i < first + bytes / kSharedGranule; ++i) {
-    shared.granules[i].copying = false;
-    shared.granules[i].written = {now, warp_now[current->warp]};
+    Granule& g = shared.granules[i];
+    g.copying = false;
+    g.written = {now, warp_now[current->warp]};
+    g.write_clock = clock_of(current->index);  // who learned of the thread's past before does not know of this
   }
 }
 

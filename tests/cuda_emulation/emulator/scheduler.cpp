@@ -29,6 +29,11 @@ struct Thread : ThreadView {
 
 std::vector<std::unique_ptr<Thread>> threads;  // reused by every block
 
+struct NamedBarrier {
+  std::vector<int> waiting;
+  Clocks released, completed;  // by those that wait, and by those of the last time
+};
+
 struct Block {
   const std::function<void()>* body = nullptr;
   int size = 0;
@@ -36,6 +41,7 @@ struct Block {
   std::vector<int> ready;  // a ring
   size_t first = 0, count = 0;
   std::vector<int> at_barrier;
+  NamedBarrier named[16];
   uint64_t random = 1;
   std::string error;
 } block;
@@ -180,6 +186,23 @@ void block_barrier() {
     block.at_barrier.clear();
   }
   wait_for("__syncthreads");
+}
+
+void named_barrier(int name, int thread_count) {
+  if (name < 1 || name > 15 || thread_count % kWarpSize) fail("bar.sync: a number from 1 to 15, and whole warps");
+  if (fault_here(Fault::kSkipBlockBarrier)) return;
+  start_clocks();
+  NamedBarrier& barrier = block.named[name];
+  release(barrier.released, /*early=*/false);
+  barrier.waiting.push_back(current->index);
+  if (static_cast<int>(barrier.waiting.size()) == thread_count) {
+    barrier.completed = std::move(barrier.released);
+    barrier.released.clear();
+    for (int index : barrier.waiting) wake(index);
+    barrier.waiting.clear();
+  }
+  wait_for("a named barrier");
+  acquire(barrier.completed);
 }
 
 }  // namespace emulation

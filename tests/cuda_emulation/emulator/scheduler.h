@@ -65,6 +65,7 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void
 bool fault_here(Fault fault);
 
 void block_barrier();
+void named_barrier(int name, int threads);  // of some of the block's warps: bar.sync
 
 // Suspends the running thread until wake(index) is called; `what` is what the deadlock report says it waits for.
 void wait_for(const char* what);

@@ -20,7 +20,9 @@ struct Product {
   int groups;
   const uint32_t* registers;  // of a, or null: `a` is in shared memory
   std::optional<SharedMatrix> a;
+  bool a_is_transposed;
   SharedMatrix b;
+  bool b_is_transposed;
   bool add;
 };
 struct Queue {
@@ -37,12 +39,12 @@ uint32_t element(const char* linear) {
   std::memcpy(&bits, place, 2);
   return bits;
 }
-// Elements (row, k) and (row, k + 1); of a transposed matrix a row is one of its columns.
-uint32_t pair_of(const SharedMatrix& m, int row, int k) {
-  const char* const line = m.start + row / 8 * m.group_bytes + row % 8 * 128 + 2 * k;
-  return element(line) | element(line + 2) << 16;
-}
-uint32_t transposed_pair_of(const SharedMatrix& m, int row, int k) {
+// Elements (row, k) and (row, k + 1); of b a row is one of its columns.
+uint32_t pair_of(const SharedMatrix& m, bool is_transposed, int row, int k) {
+  if (!is_transposed) {
+    const char* const line = m.start + row / 8 * m.group_bytes + row % 8 * 128 + 2 * k;
+    return element(line) | element(line + 2) << 16;
+  }
   const char* const column = m.start + row / 64 * m.column_bytes + row % 64 * 2;
   const auto line = [&](int i) { return column + i / 8 * m.group_bytes + i % 8 * 128; };
   return element(line(k)) | element(line(k + 1)) << 16;
@@ -56,12 +58,11 @@ void check(const SharedMatrix& m) {
 void compute(const Product& p) {
   const int group = current->lane / 4, pair = 2 * (current->lane % 4), row = current->warp % 4 * 16 + group;
   uint32_t a[4];
-  for (int i = 0; i < 4; ++i) a[i] = p.registers ? p.registers[i] : pair_of(*p.a, row + i % 2 * 8, pair + i / 2 * 8);
+  for (int i = 0; i < 4; ++i)
+    a[i] = p.registers ? p.registers[i] : pair_of(*p.a, p.a_is_transposed, row + i % 2 * 8, pair + i / 2 * 8);
   for (int g = 0; g < p.groups; ++g) {
     if (!p.add) std::memset(p.d[g], 0, sizeof(p.d[g]));
-    const auto of_b = [&](int k) {
-      return p.registers ? transposed_pair_of(p.b, 8 * g + group, k) : pair_of(p.b, 8 * g + group, k);
-    };
+    const auto of_b = [&](int k) { return pair_of(p.b, p.b_is_transposed, 8 * g + group, k); };
     float sum[4];
     std::memcpy(sum, p.d[g], sizeof(sum));
     multiply_accumulate_16x8x16(p.type, sum, a, of_b(pair), of_b(pair + 8));
@@ -73,14 +74,15 @@ void compute(const Product& p) {
 
 void reset_products(int threads) { queues.assign(threads, Queue{}); }
 
-void issue_product(Half type, float (*d)[4], int groups, const SharedMatrix& a, const SharedMatrix& b, bool add) {
+void issue_product(Half type, float (*d)[4], int groups, const SharedMatrix& a, bool a_is_transposed,
+                   const SharedMatrix& b, bool b_is_transposed, bool add) {
   check(a);
   check(b);
-  queues[current->index].open.push_back({type, d, groups, nullptr, a, b, add});
+  queues[current->index].open.push_back({type, d, groups, nullptr, a, a_is_transposed, b, b_is_transposed, add});
 }
 void issue_product(Half type, float (*d)[4], int groups, const uint32_t (&a)[4], const SharedMatrix& b) {
   check(b);
-  queues[current->index].open.push_back({type, d, groups, a, std::nullopt, b, true});
+  queues[current->index].open.push_back({type, d, groups, a, std::nullopt, false, b, true, true});
 }
 void commit_products() {
   Queue& queue = queues[current->index];

@@ -20,7 +20,8 @@ struct SharedMatrix {
 };
 
 // d (64 x 8 · groups) = [d +] a (64 x 16) · b (16 x 8 · groups).
-void issue_product(Half type, float (*d)[4], int groups, const SharedMatrix& a, const SharedMatrix& b, bool add);
+void issue_product(Half type, float (*d)[4], int groups, const SharedMatrix& a, bool a_is_transposed,
+                   const SharedMatrix& b, bool b_is_transposed, bool add);
 // d += a, in registers, · b, which is transposed.
 void issue_product(Half type, float (*d)[4], int groups, const uint32_t (&a)[4], const SharedMatrix& b);
 void commit_products();

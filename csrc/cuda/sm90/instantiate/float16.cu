@@ -1,6 +1,4 @@
-#include "../forward.cuh"
+#include "variant.cuh"
 
-namespace torch_attn::cuda::sm90 {
-template void forward<Float16, 64>(const AttentionProblem&, const ForwardOutputs&, const Stream&);
-template void forward<Float16, 128>(const AttentionProblem&, const ForwardOutputs&, const Stream&);
-}  // namespace torch_attn::cuda::sm90
+TA_INSTANTIATE_SM90(Float16, 64)
+TA_INSTANTIATE_SM90(Float16, 128)
