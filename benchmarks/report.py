@@ -17,8 +17,8 @@ import torch
 
 from .run import Result
 
-COLUMNS = ("case", "dtype", "mode", "against", "speedup (quartiles)", "% peak", "error ours/torch")
-HEADER = "{:40} {:9} {:17} {:>9} {:>22} {:>7} {:>20}".format(*COLUMNS)
+COLUMNS = ("case", "dtype", "mode", "against", "speedup (quartiles)", "% of limit", "error ours/torch")
+HEADER = "{:40} {:9} {:17} {:>9} {:>22} {:>14} {:>20}".format(*COLUMNS)
 
 
 def against(r: Result) -> str:
@@ -29,11 +29,11 @@ def against(r: Result) -> str:
 def format_row(r: Result) -> str:
     speed = f"{r.speedup:6.2f}x ({r.speedup_low:.2f} to {r.speedup_high:.2f})"
     error = "" if r.error_ours is None or r.error_torch is None else f"{r.error_ours:.1e} / {r.error_torch:.1e}"
-    if r.share_of_bandwidth is not None:
-        share = f"{100 * r.share_of_bandwidth:4.0f}% bw"
+    if r.share_of_bandwidth is not None and r.share_of_bandwidth_torch is not None:
+        share = f"{100 * r.share_of_bandwidth:.0f}/{100 * r.share_of_bandwidth_torch:.0f}% bw"
     else:
-        share = f"{100 * r.share_of_peak:6.0f}%"
-    return f"{r.case:40} {r.dtype:9} {r.mode:17} {against(r):>9} {speed:>22} {share:>7} {error:>20}"
+        share = f"{100 * r.share_of_peak:.0f}% peak"
+    return f"{r.case:40} {r.dtype:9} {r.mode:17} {against(r):>9} {speed:>22} {share:>14} {error:>20}"
 
 
 def geometric_means(results: Iterable[Result]) -> dict[str, float]:

@@ -128,6 +128,22 @@ CASES = [
     Case("decode", query_length=1, key_length=131, head_dim=64, value_dim=64),
     Case("decode_grouped", heads=6, kv_heads=2, query_length=3, key_length=150, head_dim=40, value_dim=24),
     Case("decode_rows", query_length=11, key_length=200, options=CAUSAL | {"causal_alignment": "bottom_right"}),
+    Case("decode_two_rows", query_length=2, key_length=170, head_dim=64, value_dim=64),
+    # Several blocks of keys that are read in place, and a part of one; 6 rows share a key/value head, 28 rows do.
+    Case("decode_blocks", heads=4, kv_heads=2, query_length=3, key_length=600, head_dim=64, value_dim=64),
+    Case("decode_two_tiles_of_rows", heads=8, kv_heads=2, query_length=7, key_length=330, head_dim=96, value_dim=128),
+    Case("decode_16_rows", query_length=16, key_length=300, head_dim=64, value_dim=64, options=CAUSAL),
+    # More than 8 MiB of float32: 9 to 16 rows decode, too.
+    Case(
+        "decode_cache_in_memory",
+        batch=1,
+        heads=1,
+        kv_heads=1,
+        query_length=12,
+        key_length=8300,
+        head_dim=128,
+        value_dim=128,
+    ),
     Case(
         "decode_everything",
         heads=4,

@@ -27,9 +27,9 @@ class LinesAhead {
     row_ = element(view, batch, head, row);
     rows_ = rows;
   }
-  // Cut into so many steps.
+  // What is left, cut into so many steps.
   TA_INLINE void divide(int64_t steps) {
-    const int64_t lines = (bytes_ + 63) / 64 * rows_;
+    const int64_t lines = (bytes_ + 63) / 64 * rows_ - offset_ / 64;
     per_step_ = (lines + steps - 1) / larger<int64_t>(steps, 1);
   }
   TA_INLINE void ask() {
@@ -168,6 +168,8 @@ template <class RealType, class Stored>
 struct DecodeVectors {
   using Real = RealType;
   static constexpr int kLaneCount = kLanes<Real>;
+  static constexpr int64_t kKeys = kDecodeKeys;
+  static constexpr bool kAsksBesideSoftmax = false;
   static constexpr int64_t kRowGranule = 1;
   static constexpr int64_t kColumnGranule = kLaneCount;
 

@@ -207,7 +207,7 @@ struct Forward {
 template <class Real>
 void forward_as(const AttentionProblem& problem, const ForwardOutputs& outputs, const Parallel& parallel) {
   if (problem.batch * problem.heads * problem.query_length == 0) return;
-  if (problem.query_length <= kDecodeRows<Real>) return decode_as<Real>(problem, outputs, parallel);
+  if (suits_decoding<Real>(problem)) return decode_as<Real>(problem, outputs, parallel);
   const Forward<Real> forward(problem, outputs, parallel.threads);
   for_each_item(parallel, forward.items(), [&](int64_t item, Scratch& scratch) { forward.run(item, scratch); });
 }

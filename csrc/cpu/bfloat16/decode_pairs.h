@@ -96,11 +96,13 @@ TA_NOINLINE void decode_pair_combine(const uint16_t* weights, HalfRows values, i
 
 struct DecodePairs {
   using Real = float;
+  static constexpr int64_t kKeys = kDecodeKeys;
+  static constexpr bool kAsksBesideSoftmax = false;
   static constexpr int64_t kRowGranule = 1;
   static constexpr int64_t kColumnGranule = kHalfLanes;
 
   // Up to so many rows these are faster than a panel of forward.h, half empty.
-  static bool suits(int64_t query_length, int64_t /*group*/) { return query_length <= kAmxLanes / 2; }
+  static bool suits(int64_t query_length) { return query_length <= kAmxLanes / 2; }
 
   const AttentionProblem& p;
   int64_t batch, kv_head, rows, head_dim, value_dim;

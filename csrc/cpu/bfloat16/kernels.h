@@ -2,10 +2,9 @@
 // instantiate/amx.cpp and instantiate/avx512_bf16.cpp.
 #pragma once
 
+#include "decode_pairs.h"
 #if defined(__AMX_BF16__)
 #include "decode_tiles.h"
-#else
-#include "decode_pairs.h"
 #endif
 #include "forward.h"
 #include "walk.h"
@@ -15,10 +14,8 @@ namespace torch_attn::cpu::TORCH_ATTN_ISA {
 // With fewer rows a panel's lanes would be mostly empty, and with fewer keys backward's tiles: what AMX gains makes up
 // for that, what `vdpbf16ps` can gain does not (16 rows and keys: 1.7 times slower than converting to float32).
 #if defined(__AMX_BF16__)
-using DecodeProducts = DecodeTiles;
 constexpr int64_t kFewestRows = 16, kFewestBackwardKeys = 1;
 #else
-using DecodeProducts = DecodePairs;
 constexpr int64_t kFewestRows = 17, kFewestBackwardKeys = 24;
 #endif
 
@@ -40,8 +37,12 @@ static void forward_of(const AttentionProblem& p, const ForwardOutputs& outputs,
 static void forward(const AttentionProblem& p, const ForwardOutputs& outputs, const Parallel& parallel) {
   switch (p.dtype) {
     case ScalarType::kBFloat16:
-      if (suits(p, 1, kFewestKeys) && DecodeProducts::suits(p.query_length, p.heads / p.kv_heads))
-        return decode_with<DecodeProducts>(p, outputs, parallel);
+      if (suits(p, 1, kFewestKeys)) {
+#if defined(__AMX_BF16__)
+        if (DecodeTiles::suits(p.query_length, p.group_size())) return decode_with<DecodeTiles>(p, outputs, parallel);
+#endif
+        if (DecodePairs::suits(p.query_length)) return decode_with<DecodePairs>(p, outputs, parallel);
+      }
       return forward_of<BFloat16>(p, outputs, parallel);
 #if defined(__AMX_BF16__)
     case ScalarType::kFloat16:
