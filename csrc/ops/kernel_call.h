@@ -2,9 +2,11 @@
 // plain data, and finishes the small gradients with tensor operators. Included by the implementations' files.
 #pragma once
 
+#include <ATen/Context.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 
 #include <algorithm>
 #include <limits>
@@ -13,20 +15,25 @@
 #include "ops/make_problem.h"
 #include "ops/outputs.h"
 #include "ops/packed.h"
+#include "ops/self_attention.h"
 
 namespace torch_attn::ops {
 
 // Memory for kernels to fill, on query's device. On the CPU it is not worth a way through the dispatcher, of which a
-// short call would make nine.
+// short call would make nine; unless it is to be filled with NaN first (torch.utils.deterministic).
+inline bool is_quickly_made(const Tensor& query) {
+  const at::Context& context = at::globalContext();
+  return query.is_cpu() && !(context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory());
+}
 inline Tensor new_tensor(at::IntArrayRef sizes, at::ScalarType type, const Tensor& query) {
-  if (query.is_cpu()) return Tensor(at::detail::empty_cpu(sizes, type));
+  if (is_quickly_made(query)) return Tensor(at::detail::empty_cpu(sizes, type));
   return at::empty(sizes, query.options().dtype(type));
 }
 inline Tensor new_no_gradient(const Tensor& query) { return new_tensor({0}, query.scalar_type(), query); }
 
 // empty_by_row, of query's dtype.
 inline Tensor new_by_row(int64_t batch, int64_t heads, int64_t length, int64_t dim, const Tensor& query) {
-  if (!query.is_cpu()) return empty_by_row(batch, heads, length, dim, query.options());
+  if (!is_quickly_made(query)) return empty_by_row(batch, heads, length, dim, query.options());
   const int64_t row = heads * dim;
   return Tensor(
       at::detail::empty_strided_cpu({batch, heads, length, dim}, {length * row, dim, row, 1}, query.scalar_type()));
@@ -78,9 +85,9 @@ inline Tensor grad_sinks(const BackwardArguments& a) {
   return sum_of_rows(sink_weights(a.options, a.logsumexp) * row_term.neg(), *a.options.sinks, a.options);
 }
 
-// run(problem, tensors)
+// run(problem, tensors). into: where to put the gradients of query, key and value; undefined: new tensors.
 template <class Run>
-BackwardResult run_backward(const BackwardArguments& a, Run&& run) {
+BackwardResult run_backward(const BackwardArguments& a, Run&& run, const std::array<Tensor, 3>& into = {}) {
   check_arguments(a);
   const PreparedProblem prepared = make_checked_problem(a.forward(), a.rng_state);
   const AttentionProblem& p = prepared.problem;
@@ -99,7 +106,9 @@ BackwardResult run_backward(const BackwardArguments& a, Run&& run) {
   // What it writes.
   const auto allocate = [&](Gradient gradient, const Tensor& input, TensorView& view) {
     if (!a.output_mask[gradient]) return new_no_gradient(a.query);
-    Tensor result = new_by_row(input.size(0), input.size(1), input.size(2), input.size(3), a.query);
+    Tensor result = into[gradient].defined()
+                        ? into[gradient]
+                        : new_by_row(input.size(0), input.size(1), input.size(2), input.size(3), a.query);
     fill_rows_of_none(result, 2, gradient == kQuery ? prepared.query_starts : prepared.key_starts, 0);
     view = view_of_matrix(result);
     return result;
@@ -123,6 +132,15 @@ BackwardResult run_backward(const BackwardArguments& a, Run&& run) {
   if (a.output_mask[kAlibiSlopes]) grad_slopes = per_head_gradient(grad_slopes, *a.options.alibi_slopes);
   return {grad_query, grad_key,    grad_value,
           grad_mask,  grad_slopes, a.output_mask[kSinks] ? grad_sinks(a) : new_no_gradient(a.query)};
+}
+
+// attention_backward with gradients that are parts of one tensor, laid out like qkv.
+template <class Run>
+Tensor run_self_attention_backward(const SelfAttentionBackwardArguments& a, Run&& run) {
+  const Tensor grad_qkv = at::empty_like(a.qkv);
+  const Tensor written = with_unit_column_stride(grad_qkv);
+  run_backward(a.separate(), run, {part_of(written, kQuery), part_of(written, kKey), part_of(written, kValue)});
+  return written.is_same(grad_qkv) ? grad_qkv : grad_qkv.copy_(written);
 }
 
 }  // namespace torch_attn::ops
