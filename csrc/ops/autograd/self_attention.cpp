@@ -41,8 +41,7 @@ bool has_plain_gradient(const SelfAttentionArguments& a) {
                                         or_undefined(a.options.sinks)};
   const auto is_differentiated = [](const Tensor& t) { return requires_grad(t) || has_tangent(t); };
   return at::GradMode::is_enabled() && a.qkv.requires_grad() && !has_tangent(a.qkv) &&
-         std::none_of(others.begin(), others.end(), is_differentiated) &&
-         at::functorch::functorchTLSAccessor() == nullptr;
+         std::none_of(others.begin(), others.end(), is_differentiated);
 }
 
 Tensor self_attention_autograd(const SelfAttentionArguments& a) {

@@ -1,5 +1,5 @@
 // torch_attn::self_attention by torch_attn::attention, where no kernel writes the three gradients as one tensor:
-// without gradients, under torch.func's transforms, and on devices other than the CPU and CUDA.
+// without gradients, under vmap, and on devices other than the CPU and CUDA.
 #include "ops/self_attention.h"
 
 namespace torch_attn::ops {
