@@ -20,9 +20,7 @@ from .reference import dropout_scale
 class HeadsAndMask(NamedTuple):
     """What the kernel is called with: q (N, H, L, D), k and v (N, H, S, D) with the appended keys, and their mask."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
+    heads: list[Tensor]  # [q, k, v]; or, where it was asked for and can be had, [qkv], (N, L, 3, H, D)
     mask: Tensor | None  # the operator's meaning: True, attend
     causal: bool  # the hint stands for the mask
     batched: bool
@@ -100,17 +98,20 @@ def multi_head_attention(
         key_padding_mask,
         attn_mask,
         is_causal,
+        not need_weights,
     )
     weights: Tensor | None = None
-    if need_weights:
-        out, weights = _attention_with_weights(
-            call.q, call.k, call.v, call.mask, dropout_p, call.causal, average_attn_weights
+    if len(call.heads) == 1:
+        out = torch.ops.torch_attn.self_attention(
+            call.heads[0], attn_mask=call.mask, dropout_p=dropout_p, is_causal=call.causal
         )
+    elif need_weights:
+        q, k, v = call.heads
+        out, weights = _attention_with_weights(q, k, v, call.mask, dropout_p, call.causal, average_attn_weights)
         weights = weights if call.batched else weights.squeeze(0)
     else:
-        out = torch.ops.torch_attn.attention(
-            call.q, call.k, call.v, attn_mask=call.mask, dropout_p=dropout_p, is_causal=call.causal
-        )
+        q, k, v = call.heads
+        out = torch.ops.torch_attn.attention(q, k, v, attn_mask=call.mask, dropout_p=dropout_p, is_causal=call.causal)
     return project_output(out, out_proj_weight, out_proj_bias, call.batched, call.batch_first), weights
 
 
@@ -132,8 +133,12 @@ def heads_and_mask(
     key_padding_mask: Tensor | None,
     attn_mask: Tensor | None,
     is_causal: bool,
+    together: bool,
 ) -> HeadsAndMask:
-    """Check, project into heads, append keys, merge the masks."""
+    """Check, project into heads, append keys, merge the masks.
+
+    ``together``: q, k and v may stay in one tensor.
+    """
     is_batched = F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, num_heads)
     if not is_batched:  # a batch of one, in which tensors that were one stay one
         batch_first = True
@@ -152,26 +157,33 @@ def heads_and_mask(
 
     batch_dim, length_dim = (0, 1) if batch_first else (1, 0)
     batch, query_length, key_length = query.size(batch_dim), query.size(length_dim), key.size(length_dim)
-    q, k, v = _project_inputs(
-        query, key, value, num_heads, in_proj_weight, q_proj_weight, k_proj_weight, v_proj_weight, in_proj_bias
-    )
-    q, k, v = _heads_first(q, batch_first), _heads_first(k, batch_first), _heads_first(v, batch_first)
+    appended = (0 if bias_k is None else 1) + (1 if add_zero_attn else 0)
+    heads: list[Tensor] = []
+    if together and appended == 0 and key is value and query is key and in_proj_weight is not None:
+        qkv = _project_together(query, num_heads, in_proj_weight, in_proj_bias)
+        heads.append(qkv if batch_first else qkv.transpose(0, 1))
+    else:
+        q, k, v = _project_inputs(
+            query, key, value, num_heads, in_proj_weight, q_proj_weight, k_proj_weight, v_proj_weight, in_proj_bias
+        )
+        q, k, v = _heads_first(q, batch_first), _heads_first(k, batch_first), _heads_first(v, batch_first)
+        heads += [q, k, v]
 
     # The hint replaces attn_mask only where the kernel's causal mask is what a true hint promises. Appended keys have
     # no place on the diagonal.
-    appended = (0 if bias_k is None else 1) + (1 if add_zero_attn else 0)
     causal = is_causal and appended == 0
     causal = causal and (key_padding_mask is None or query_length == key_length)
     per_head_mask: Tensor | None = None
     if attn_mask is not None and (not causal or key_padding_mask is not None):
         checked = _mask_per_head(attn_mask, batch, num_heads, query_length, key_length)
         per_head_mask = None if causal else checked
-    k, v = _append_keys(k, v, bias_k, bias_v, add_zero_attn, batch)
+    if len(heads) == 3:
+        heads[1], heads[2] = _append_keys(heads[1], heads[2], bias_k, bias_v, add_zero_attn, batch)
     if key_padding_mask is not None:
         _check_key_padding_mask(key_padding_mask, batch, key_length, appended)
         key_padding_mask = key_padding_mask.unsqueeze(1).unsqueeze(1)
     mask = _merge_masks(per_head_mask, key_padding_mask, appended)
-    return HeadsAndMask(q, k, v, mask, causal, is_batched, batch_first)
+    return HeadsAndMask(heads, mask, causal, is_batched, batch_first)
 
 
 def project_output(
@@ -282,7 +294,7 @@ def _project_inputs(
             query, key, value, q_proj_weight, k_proj_weight, v_proj_weight, q_bias, k_bias, v_bias
         )
     elif key is value and query is key:
-        q, k, v = F.linear(query, in_proj_weight, bias).unflatten(-1, [3, num_heads, -1]).unbind(-3)
+        q, k, v = _project_together(query, num_heads, in_proj_weight, bias).unbind(-3)
         return q, k, v
     elif key is value:
         embed_dim = query.size(-1)
@@ -302,6 +314,11 @@ def _project_inputs(
         )
     heads = [num_heads, -1]
     return q.unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, heads)
+
+
+def _project_together(x: Tensor, num_heads: int, in_proj_weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(·, ·, 3, H, D): query, key and value of self-attention."""
+    return F.linear(x, in_proj_weight, bias).unflatten(-1, [3, num_heads, -1])
 
 
 def _heads_first(x: Tensor, batch_first: bool) -> Tensor:

@@ -50,6 +50,8 @@ def scaled_dot_product_attention(
     if query.is_nested or key.is_nested:
         options = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal}
         return nested_attention(query, key, value, **options, scale=scale, enable_gqa=enable_gqa)
+    if scale is None and enable_gqa is False:
+        return _plain_attention(query, key, value, attn_mask, dropout_p, is_causal)
     return torch.ops.torch_attn.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
@@ -148,12 +150,6 @@ def attention(
     """
     # Only what differs from the operator's defaults: each argument given costs a third of a microsecond.
     options: dict[str, Any] = {}
-    if attn_mask is not None:
-        options["attn_mask"] = attn_mask
-    if dropout_p != 0.0:
-        options["dropout_p"] = dropout_p
-    if is_causal is not False:
-        options["is_causal"] = is_causal
     if scale is not None:
         options["scale"] = scale
     if window_left is not None:
@@ -172,10 +168,28 @@ def attention(
         options["key_lengths"] = key_lengths
     if enable_gqa is not False:
         options["enable_gqa"] = enable_gqa
+    if not (options or return_logsumexp or query.is_nested or key.is_nested):
+        return _plain_attention(query, key, value, attn_mask, dropout_p, is_causal)
+    if attn_mask is not None:
+        options["attn_mask"] = attn_mask
+    if dropout_p != 0.0:
+        options["dropout_p"] = dropout_p
+    if is_causal is not False:
+        options["is_causal"] = is_causal
     if query.is_nested or key.is_nested:
         return nested_attention(query, key, value, **options, return_logsumexp=return_logsumexp)
     op = torch.ops.torch_attn.attention_with_logsumexp if return_logsumexp else torch.ops.torch_attn.attention
     return op(query, key, value, **options)
+
+
+def _plain_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool
+) -> Tensor:
+    """By the operator of the fewest arguments, in their order, and those that are given only: half a microsecond less
+    than by name, in calls that take ten."""
+    if attn_mask is None and dropout_p == 0.0 and is_causal is False:
+        return torch.ops.torch_attn.scaled_dot_product_attention(query, key, value)
+    return torch.ops.torch_attn.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal)
 
 
 # What torch.jit.script compiles a call of the function to. It cannot compile keyword-only defaults itself.

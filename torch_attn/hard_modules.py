@@ -163,12 +163,14 @@ class HardMultiheadAttention(nn.MultiheadAttention):
             key_padding_mask,
             attn_mask,
             is_causal,
+            False,
         )
+        q, k, v = call.heads
         deterministic = not self.training and self.estimator != "top_k"
         output, indices, log_prob, entropy = torch.ops.torch_attn.hard_attention(
-            call.q,
-            call.k,
-            call.v,
+            q,
+            k,
+            v,
             attn_mask=call.mask,
             is_causal=call.causal,
             estimator="argmax" if deterministic else self.estimator,

@@ -36,9 +36,11 @@ struct Backward : BackwardPlan {
     needs_scores = needs_query || needs_key || needs_slopes;
     key_columns = needs_key ? round_up(p.head_dim, Walk::kColumns) : 0;
     value_columns = needs_value ? round_up(p.value_dim, Walk::kColumns) : 0;
+    chunks = chunks_for(threads);
+    key_stride = is_sum(t.grad_key, p.head_dim, key_columns) ? t.grad_key.stride[2] : key_columns;
+    value_stride = is_sum(t.grad_value, p.value_dim, value_columns) ? t.grad_value.stride[2] : value_columns;
     value_sums_offset = summed_keys() * key_columns;
     sums_size = value_sums_offset + summed_keys() * value_columns;
-    chunks = chunks_for(threads);
   }
 
   // The fewest chunks that keep the threads at least 90 % busy, or else those that keep them busiest.
@@ -64,11 +66,11 @@ struct Backward : BackwardPlan {
       key_sums = chunk_sums + item * sums_size;
       value_sums = key_sums + value_sums_offset;
     } else {
-      key_sums = sums_of(t.grad_key, key_columns, batch, kv_head, scratch);
-      value_sums = sums_of(t.grad_value, value_columns, batch, kv_head, scratch);
+      key_sums = sums_of(t.grad_key, p.head_dim, key_columns, batch, kv_head, scratch);
+      value_sums = sums_of(t.grad_value, p.value_dim, value_columns, batch, kv_head, scratch);
     }
-    fill<Real>(key_sums, 0, summed_keys() * key_columns);
-    fill<Real>(value_sums, 0, summed_keys() * value_columns);
+    clear(key_sums, key_stride, key_columns);
+    clear(value_sums, value_stride, value_columns);
 
     typename Walk::Block block(p, block_rows, scratch);
     Walk walk(p, t, *this, batch, kv_head, key_sums, value_sums, scratch);
@@ -94,13 +96,21 @@ struct Backward : BackwardPlan {
 
   int64_t summed_keys() const { return p.key_length + Walk::kExtraKeys; }
 
-  // Where one task alone sums a gradient: in the gradient itself if it is laid out like the sums.
-  Real* sums_of(const TensorView& gradient, int64_t columns, int64_t batch, int64_t kv_head, Scratch& scratch) const {
+  // Whether the one task that sums a gradient does so in the gradient itself: if it is laid out like the sums, or if a
+  // single block of rows is all that is added, to rows that need not lie close together then.
+  bool is_sum(const TensorView& gradient, int64_t row, int64_t columns) const {
+    const bool alike = gradient.stride[2] == columns || group * row_blocks == 1;
+    return Walk::kExtraKeys == 0 && chunks == 1 && alike && columns == row && gradient.dtype == kStoredAs<Real>;
+  }
+  Real* sums_of(const TensorView& gradient, int64_t row, int64_t columns, int64_t batch, int64_t kv_head,
+                Scratch& scratch) const {
     if (columns == 0) return nullptr;
-    const int64_t row = &gradient == &t.grad_key ? p.head_dim : p.value_dim;
-    const bool alike = gradient.dtype == kStoredAs<Real> && gradient.stride[2] == columns && row == columns;
-    if (Walk::kExtraKeys == 0 && alike) return reinterpret_cast<Real*>(element(gradient, batch, kv_head, 0));
+    if (is_sum(gradient, row, columns)) return reinterpret_cast<Real*>(element(gradient, batch, kv_head, 0));
     return scratch.take<Real>(summed_keys() * columns);
+  }
+  void clear(Real* sums, int64_t stride, int64_t columns) const {
+    if (stride == columns) return fill<Real>(sums, 0, summed_keys() * columns);
+    for (int64_t i = 0; i < summed_keys(); ++i) fill<Real>(sums + i * stride, 0, columns);
   }
 
   // Writes keys [begin, end) of one (batch, key/value head)'s sums out, if they do not lie there.

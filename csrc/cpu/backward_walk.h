@@ -3,6 +3,7 @@
 #pragma once
 
 #include "gradient_tile.h"
+#include "row_product.h"
 
 namespace torch_attn::cpu::TORCH_ATTN_ISA {
 
@@ -16,6 +17,7 @@ struct BackwardPlan {
   bool needs_scores;                   // any but value
   int64_t block_rows, row_blocks;      // query rows per block, blocks per head
   int64_t key_columns, value_columns;  // row lengths of the sums for grad_key and grad_value; 0 if not needed
+  int64_t key_stride, value_stride;    // from row to row of these sums
 };
 
 // One task's memory, and its walk over the keys with one block of rows after the other. Tile computes the gradients of
@@ -35,6 +37,7 @@ struct VectorWalk {
   const Tensors& t;
   int64_t batch, kv_head;
   Real *key_sums, *value_sums;
+  bool at_once;  // one block of keys is all: each panel's grad_query is complete, and stored, after its only tile
   Tile tile;
   Real *weights, *gradients;  // panels: [lane offset · kBackwardKeys][key][lane]
   Real *grad_query, *grad_query_rows, *ones;
@@ -66,10 +69,11 @@ struct VectorWalk {
     ScoreStage<Real> stage(p, batch, block.head);
     block.normalise_weights(p, stage, tile.scratch, weights, key_scratch);
     if constexpr (Tile::kTakesRawDots) stage.leave_dots_raw();
-    if (b.needs_query) fill<Real>(grad_query, 0, block.panels.lanes * p.head_dim);
     Real slope_gradient = 0;
     const bool few_queries = block.rows <= kFewRows;
     const KeyRange range = stage.band.keys_of_any(block.row, block.row + block.rows);
+    at_once = !range.empty() && range.end - range.begin <= kBackwardKeys && has_row_product<Real>(p.head_dim);
+    if (b.needs_query && !at_once) fill<Real>(grad_query, 0, block.panels.lanes * p.head_dim);
     for (int64_t key = range.begin; key < range.end; key += kBackwardKeys) {
       const int64_t keys = smaller(kBackwardKeys, range.end - key);
       const Rows<Real> key_rows =
@@ -94,16 +98,16 @@ struct VectorWalk {
       }
       if (b.needs_value) {
         accumulate_gradient<Real>(block.panels, begin, end, keys, b.value_columns, {weights, kBackwardKeys}, block.rows,
-                                  block.grad_rows.data, block.grad_rows.stride, value_sums + key * b.value_columns,
-                                  b.value_columns);
+                                  block.grad_rows.data, block.grad_rows.stride, value_sums + key * b.value_stride,
+                                  b.value_stride);
       }
       if (b.needs_key) {
         accumulate_gradient<Real>(block.panels, begin, end, keys, b.key_columns, {gradients, kBackwardKeys}, block.rows,
-                                  block.query_rows.data, block.query_rows.stride, key_sums + key * b.key_columns,
-                                  b.key_columns);
+                                  block.query_rows.data, block.query_rows.stride, key_sums + key * b.key_stride,
+                                  b.key_stride);
       }
     }
-    if (b.needs_query) store_grad_query(block);
+    if (b.needs_query && !at_once) store_grad_query(block);
     return slope_gradient;
   }
 
@@ -115,15 +119,27 @@ struct VectorWalk {
     Real *panel_weights = weights + offset * kBackwardKeys, *panel_gradients = gradients + offset * kBackwardKeys;
     const KeySpan span =
         KeySpan::of(stage.band, block.row + offset, smaller(width, block.rows - offset), key, keys, kGradientRows);
-    if (span.empty()) return span;
+    const auto store_query = [&](int64_t count) {  // from the gradients of so many keys
+      store_row_product<Real>(t.grad_query, batch, block.head, block.row + offset, smaller(width, block.rows - offset),
+                              p.head_dim, count, panel_gradients + span.begin * width, width,
+                              {key_rows.data + span.begin * key_rows.stride, key_rows.stride}, nullptr,
+                              grad_query_rows);
+    };
+    if (span.empty()) {
+      if (b.needs_query && at_once) store_query(0);
+      return span;
+    }
     const Wanted wanted = b.needs_scores ? Wanted::kDotGradients : Wanted::kWeightsOnly;
     if (!tile.template compute<kVectors>(block, stage, offset, key, span, key_rows, value_rows, wanted, panel_weights,
                                          panel_gradients, b.needs_slopes ? &slope_gradient : nullptr)) {
       fill<Real>(panel_weights + span.begin * width, 0, (span.end - span.begin) * width);
       fill<Real>(panel_gradients + span.begin * width, 0, (span.end - span.begin) * width);
+      if (b.needs_query && at_once) store_query(0);
       return span;
     }
-    if (b.needs_query) {
+    if (b.needs_query && at_once) {
+      store_query(span.end - span.begin);
+    } else if (b.needs_query) {
       combine_rows<Real, kVectors, false>(
           p.head_dim, span.end - span.begin, key_rows.data + span.begin * key_rows.stride, key_rows.stride,
           panel_gradients + span.begin * width, grad_query + offset * p.head_dim, nullptr);

@@ -7,6 +7,7 @@
 #include "dropout_tile.h"
 #include "kernel_table.h"
 #include "query_block.h"
+#include "row_product.h"
 #include "score_tile.h"
 #include "tasks.h"
 
@@ -72,6 +73,7 @@ struct Forward {
   // The state of one block of rows while it walks over the keys.
   struct Block {
     int64_t batch, head, row, rows;
+    bool at_once;  // one block of keys is all: each panel's output is complete, and stored, after its only tile
     Panels panels;
     Real *query, *out;                            // panels: [lane offset · dim][dim][lane]
     Real *maximum, *old_maximum, *sum, *rescale;  // [lane]
@@ -85,7 +87,7 @@ struct Forward {
     block.head = item / row_blocks % p.heads;
     block.row = (row_blocks - 1 - item % row_blocks) * block_rows;  // with a causal mask, long rows first
     block.rows = smaller(block_rows, p.query_length - block.row);
-    block.panels = Panels::of<Real>(block.rows);
+    block.panels.cut(block.rows, kLanes<Real>);
     const int64_t lanes = block.panels.lanes;
     ScoreStage<Real> stage(p, block.batch, block.head);
     if (!p.sinks.defined()) stage.leave_dots_raw();
@@ -103,14 +105,18 @@ struct Forward {
     Real* key_scratch = scratch.take<Real>(kForwardKeys * p.head_dim);
     Real* value_scratch = scratch.take<Real>(kForwardKeys * p.value_dim);
 
-    start(block);
     const bool few_queries = block.rows <= kFewQueries;
     const KeyRange range = stage.band.keys_of_any(block.row, block.row + block.rows);
+    block.at_once = !range.empty() && range.end - range.begin <= kForwardKeys && has_row_product<Real>(p.value_dim);
+    start(block);
     for (int64_t key = range.begin; key < range.end; key += kForwardKeys) {
       const int64_t keys = smaller(kForwardKeys, range.end - key);
       BiasTile<Real> bias;
       if (stage.mask_is_per_key()) {
-        if (!load_bias_per_key(stage.mask_rows, key, keys, block.bias, bias)) continue;
+        if (!load_bias_per_key(stage.mask_rows, key, keys, block.bias, bias)) {
+          if (block.at_once) start_later(block);
+          continue;
+        }
       }
       const Rows<Real> key_rows =
           key_value_rows(p.key, block.batch, kv_head, key, keys, p.head_dim, few_queries, key_scratch);
@@ -141,6 +147,12 @@ struct Forward {
     if (p.sinks.defined()) sink = head_number<Real>(p.sinks, block.batch, block.head);
     fill<Real>(block.maximum, sink, block.panels.lanes);
     fill<Real>(block.sum, sink == lowest ? 0 : 1, block.panels.lanes);
+    if (!block.at_once) fill<Real>(block.out, 0, block.panels.lanes * p.value_dim);
+  }
+
+  // Nothing is attended after all.
+  void start_later(Block& block) const {
+    block.at_once = false;
     fill<Real>(block.out, 0, block.panels.lanes * p.value_dim);
   }
 
@@ -152,10 +164,11 @@ struct Forward {
     constexpr int64_t width = kVectors * kLanes<Real>;
     const int64_t row = block.row + offset, rows = smaller(width, block.rows - offset);
     const KeySpan span = KeySpan::of(stage.band, row, rows, key, keys, kTileRows<kVectors>);
-    if (span.empty()) return;
-    if (stage.mask && !stage.mask_is_per_key() &&
-        !load_bias_per_lane(stage.mask_rows, row, rows, width, key, span.begin, span.end, block.staging,
-                            stage.takes_bias_in_place(span) ? block.scores : block.bias, bias)) {
+    if (span.empty() ||
+        (stage.mask && !stage.mask_is_per_key() &&
+         !load_bias_per_lane(stage.mask_rows, row, rows, width, key, span.begin, span.end, block.staging,
+                             stage.takes_bias_in_place(span) ? block.scores : block.bias, bias))) {
+      if (block.at_once) store_at_once(block, offset, width, 0, value_rows, nullptr);
       return;
     }
     ahead.divide((span.end - span.begin + p.value_dim) / kTileRows<kVectors>);
@@ -178,24 +191,43 @@ struct Forward {
     } else {
       softmax.template operator()<false>();
     }
+    if (block.at_once) {
+      store_at_once(block, offset, width, span.end - span.begin,
+                    {value_rows.data + span.begin * value_rows.stride, value_rows.stride},
+                    block.scores + span.begin * width);
+      return;
+    }
     if (in_place) prefetch_rows(key_rows, keys, keys, p.head_dim);
     combine_rows<Real, kVectors, true>(
         p.value_dim, span.end - span.begin, value_rows.data + span.begin * value_rows.stride, value_rows.stride,
         block.scores + span.begin * width, block.out + offset * p.value_dim, rescale, between);
   }
 
+  Real keep_scale() const { return p.dropout_p > 0 ? static_cast<Real>(Dropout::keep_scale(p.dropout_p)) : Real{1}; }
+
+  // The output of the panel at lane offset, whose sums are complete, from the weights of so many keys.
+  void store_at_once(const Block& block, int64_t offset, int64_t width, int64_t keys, Rows<Real> values,
+                     const Real* weights) const {
+    Real *sum = block.sum + offset, *factor = block.rescale + offset;
+    for (int64_t i = 0; i < width; i += kLanes<Real>)
+      store(factor + i, OnlineSoftmax<VectorMath<Real>>::inverse_sum(load(sum + i)) * keep_scale());
+    store_row_product<Real>(outputs.out, block.batch, block.head, block.row + offset,
+                            smaller(width, block.rows - offset), p.value_dim, keys, weights, width, values, factor,
+                            block.out + offset * p.value_dim);
+  }
+
   void finish(const Block& block, Real score_factor, Scratch& scratch) const {
     using Softmax = OnlineSoftmax<VectorMath<Real>>;
     constexpr int n_lanes = kLanes<Real>;
-    const Real keep_scale = p.dropout_p > 0 ? static_cast<Real>(Dropout::keep_scale(p.dropout_p)) : Real{1};
-    Real* rows = scratch.take<Real>(kMaxVectors * n_lanes * round_up(p.value_dim, n_lanes));
     for (int64_t i = 0; i < block.panels.lanes; i += n_lanes) {
       const Vec<Real> sum = load(block.sum + i);
       store(block.maximum + i, Softmax::logsumexp(load(block.maximum + i) * score_factor, sum));
-      store(block.sum + i, Softmax::inverse_sum(sum) * keep_scale);
+      store(block.sum + i, Softmax::inverse_sum(sum) * keep_scale());
     }
     Real* logsumexp = static_cast<Real*>(outputs.logsumexp) + p.first_row(block.batch, block.head) + block.row;
     __builtin_memcpy(logsumexp, block.maximum, block.rows * sizeof(Real));
+    if (block.at_once) return;
+    Real* rows = scratch.take<Real>(kMaxVectors * n_lanes * round_up(p.value_dim, n_lanes));
     for (int i = 0; i < block.panels.count; ++i) {
       const int64_t offset = block.panels.offset[i], width = block.panels.vectors[i] * n_lanes;
       store_panel(outputs.out, block.batch, block.head, block.row + offset, smaller(width, block.rows - offset),

@@ -147,6 +147,24 @@ struct PanelTiles {
 constexpr int kGradientRows = 6;
 constexpr int kGradientVectors = TA_VECTOR_BYTES == 64 ? 4 : 2;
 
+// Calls body.template operator()<kVectors>(first column) for near-equal pieces of columns, a multiple of the vector
+// length.
+template <class Real, class Body>
+TA_INLINE void for_each_piece(int64_t columns, const Body& body) {
+  const int64_t vectors = columns / kLanes<Real>, pieces = (vectors + kGradientVectors - 1) / kGradientVectors;
+  int64_t column = 0;
+  for (int64_t piece = 0; piece < pieces; ++piece) {
+    const int64_t share = (vectors * (piece + 1)) / pieces - (vectors * piece) / pieces;
+    if constexpr (kGradientVectors == 4) {
+      if (share == 4) body.template operator()<4>(column);
+      if (share == 3) body.template operator()<3>(column);
+    }
+    if (share == 2) body.template operator()<2>(column);
+    if (share == 1) body.template operator()<1>(column);
+    column += share * kLanes<Real>;
+  }
+}
+
 // sums[key][column] += Σ_row tiles[key][row] · rows[row][column] over the query rows of panels [first, last).
 template <class Real, int kRows, int kVectors>
 TA_NOINLINE void gradient_tile(const Panels& panels, int first, int last, PanelTiles<Real> tiles, int64_t key,
@@ -181,22 +199,10 @@ TA_NOINLINE void accumulate_gradient(const Panels& panels, const int64_t* begin,
     while (first < last && end[first] <= key) ++first;
     while (last > first && (begin[last - 1] >= key + kRows || end[last - 1] <= key)) --last;
     if (first == last) return;
-    const int64_t vectors = columns / kLanes<Real>, pieces = (vectors + kGradientVectors - 1) / kGradientVectors;
-    int64_t column = 0;
-    for (int64_t piece = 0; piece < pieces; ++piece) {
-      const int64_t share = (vectors * (piece + 1)) / pieces - (vectors * piece) / pieces;
-      const auto tile = [&]<int kVectors>() TA_INLINE_LAMBDA {
-        gradient_tile<Real, kRows, kVectors>(panels, first, last, tiles, key, row_count, rows + column, row_stride,
-                                             sums + key * sum_stride + column, sum_stride);
-      };
-      if constexpr (kGradientVectors == 4) {
-        if (share == 4) tile.template operator()<4>();
-        if (share == 3) tile.template operator()<3>();
-      }
-      if (share == 2) tile.template operator()<2>();
-      if (share == 1) tile.template operator()<1>();
-      column += share * kLanes<Real>;
-    }
+    for_each_piece<Real>(columns, [&]<int kVectors>(int64_t column) TA_INLINE_LAMBDA {
+      gradient_tile<Real, kRows, kVectors>(panels, first, last, tiles, key, row_count, rows + column, row_stride,
+                                           sums + key * sum_stride + column, sum_stride);
+    });
   });
 }
 

@@ -18,21 +18,27 @@ struct Panels {
 
   TA_INLINE int after(int panel) const { return panel + 1 < count ? panel + 1 : 0; }
 
-  // Near-equal widths: four vectors become 2 + 2, not 3 + 1.
   template <class Real>
   static Panels of(int64_t rows) {
     Panels panels;
-    int64_t left = (rows + kLanes<Real> - 1) / kLanes<Real>;
+    panels.cut(rows, kLanes<Real>);
+    return panels;
+  }
+
+  // Near-equal widths: four vectors become 2 + 2, not 3 + 1. In place, as a copy of the arrays costs a short call more
+  // than filling them does.
+  TA_INLINE void cut(int64_t rows, int vector_lanes) {
+    count = 0, lanes = 0;
+    int64_t left = (rows + vector_lanes - 1) / vector_lanes;
     while (left > 0) {
       const int64_t pieces = (left + kMaxVectors - 1) / kMaxVectors;
-      const int vectors = pieces > 2 ? kMaxVectors : static_cast<int>((left + pieces - 1) / pieces);
-      panels.offset[panels.count] = static_cast<int>(panels.lanes);
-      panels.vectors[panels.count] = vectors;
-      ++panels.count;
-      panels.lanes += vectors * kLanes<Real>;
-      left -= vectors;
+      const int taken = pieces > 2 ? kMaxVectors : static_cast<int>((left + pieces - 1) / pieces);
+      offset[count] = static_cast<int>(lanes);
+      vectors[count] = taken;
+      ++count;
+      lanes += taken * vector_lanes;
+      left -= taken;
     }
-    return panels;
   }
 };
 

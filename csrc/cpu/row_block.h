@@ -115,7 +115,7 @@ struct RowBlock {
   void read(const AttentionProblem& p, const BackwardTensors& t, int64_t new_batch, int64_t new_head, int64_t first_row,
             int64_t row_count) {
     batch = new_batch, head = new_head, row = first_row, rows = row_count;
-    panels = Panels::of<Real>(rows);
+    panels.cut(rows, kLanes<Real>);
     query_rows = rows_of(p.query, p.head_dim, query_memory_);
     grad_rows = rows_of(t.grad_out, p.value_dim, grad_memory_);
     const auto grad_row = [&](int64_t i) { return grad_rows.data + i * grad_rows.stride; };

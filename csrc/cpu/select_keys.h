@@ -48,7 +48,7 @@ struct SelectKeys {
     block.head = item / row_blocks % p.heads;
     block.row = (row_blocks - 1 - item % row_blocks) * block_rows;  // with a causal mask, long rows first
     block.rows = smaller(block_rows, p.query_length - block.row);
-    block.panels = Panels::of<Real>(block.rows);
+    block.panels.cut(block.rows, kLanes<Real>);
     block.batch_head = p.dropout_batch_head(block.batch, block.head);
     const int64_t lanes = block.panels.lanes;
     const ScoreStage<Real> stage(p, block.batch, block.head);

@@ -66,17 +66,22 @@ struct TangentWalk {
           begin[i] = span.begin, end[i] = span.end;
         });
       }
-      const auto accumulate = [&](const Real* tiles, Rows<Real> rows, Real* sums, int64_t columns) {
+      const auto accumulate = [&](const Real* tiles, Rows<Real> rows, Real* sums, int64_t columns, int64_t stride) {
         accumulate_gradient<Real>(block.panels, begin, end, keys, columns, {tiles, kBackwardKeys}, block.rows,
-                                  rows.data, rows.stride, sums + key * columns, columns);
+                                  rows.data, rows.stride, sums + key * stride, stride);
+      };
+      const auto to_key = [&](const Real* tiles, Rows<Real> rows) {
+        accumulate(tiles, rows, key_sums, b.key_columns, b.key_stride);
+      };
+      const auto to_value = [&](const Real* tiles, Rows<Real> rows) {
+        accumulate(tiles, rows, value_sums, b.value_columns, b.value_stride);
       };
       const bool has_grad = block.tangent_grad_rows.data != nullptr,
                  has_query = block.tangent_query_rows.data != nullptr;
-      if (b.needs_value && t.changes.weights)
-        accumulate(tile.tangent_weights, block.grad_rows, value_sums, b.value_columns);
-      if (b.needs_value && has_grad) accumulate(tile.weights, block.tangent_grad_rows, value_sums, b.value_columns);
-      if (b.needs_key) accumulate(tile.tangent_gradients, block.query_rows, key_sums, b.key_columns);
-      if (b.needs_key && has_query) accumulate(tile.gradients, block.tangent_query_rows, key_sums, b.key_columns);
+      if (b.needs_value && t.changes.weights) to_value(tile.tangent_weights, block.grad_rows);
+      if (b.needs_value && has_grad) to_value(tile.weights, block.tangent_grad_rows);
+      if (b.needs_key) to_key(tile.tangent_gradients, block.query_rows);
+      if (b.needs_key && has_query) to_key(tile.gradients, block.tangent_query_rows);
     }
     if (b.needs_query) store_grad_query(block);
     return slope_gradient;

@@ -90,7 +90,7 @@ struct TangentForward {
     block.head = item / row_blocks % p.heads;
     block.row = (row_blocks - 1 - item % row_blocks) * block_rows;  // with a causal mask, long rows first
     block.rows = smaller(block_rows, p.query_length - block.row);
-    block.panels = Panels::of<Real>(block.rows);
+    block.panels.cut(block.rows, kLanes<Real>);
     const typename TangentKeys<Real>::Memory memory(p, kForwardKeys, scratch);
     const ScoreStage<Real> stage(p, block.batch, block.head), added(tangents, block.batch, block.head);
     const int64_t kv_head = block.head / (p.heads / p.kv_heads);

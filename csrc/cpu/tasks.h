@@ -18,6 +18,13 @@ void for_each_item(const Parallel& parallel, int64_t count, const Body& body) {
     int64_t next;
   } queue{body, count, 0};
   const int64_t workers = smaller<int64_t>(parallel.threads < 1 ? 1 : parallel.threads, count);
+  if (workers == 1) {  // without the shared counter, which waits for the last item's stores to land
+    for (int64_t item = 0; item < count; ++item) {
+      Scratch scratch;
+      body(item, scratch);
+    }
+    return;
+  }
   const auto work = [](void* context, int64_t) {
     Queue& shared = *static_cast<Queue*>(context);
     for (;;) {
@@ -27,11 +34,7 @@ void for_each_item(const Parallel& parallel, int64_t count, const Body& body) {
       shared.body(item, scratch);
     }
   };
-  if (workers == 1) {
-    work(&queue, 0);
-  } else {
-    parallel.run(parallel.context, workers, work, &queue);
-  }
+  parallel.run(parallel.context, workers, work, &queue);
 }
 
 }  // namespace torch_attn::cpu::TORCH_ATTN_ISA

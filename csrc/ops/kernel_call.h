@@ -2,8 +2,11 @@
 // plain data, and finishes the small gradients with tensor operators. Included by the implementations' files.
 #pragma once
 
+#include <ATen/Context.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 
 #include <algorithm>
 #include <limits>
@@ -12,13 +15,34 @@
 #include "ops/make_problem.h"
 #include "ops/outputs.h"
 #include "ops/packed.h"
+#include "ops/self_attention.h"
 
 namespace torch_attn::ops {
+
+// Memory for kernels to fill, on query's device. On the CPU it is not worth a way through the dispatcher, of which a
+// short call would make nine; unless it is to be filled with NaN first (torch.utils.deterministic).
+inline bool is_quickly_made(const Tensor& query) {
+  const at::Context& context = at::globalContext();
+  return query.is_cpu() && !(context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory());
+}
+inline Tensor new_tensor(at::IntArrayRef sizes, at::ScalarType type, const Tensor& query) {
+  if (is_quickly_made(query)) return Tensor(at::detail::empty_cpu(sizes, type));
+  return at::empty(sizes, query.options().dtype(type));
+}
+inline Tensor new_no_gradient(const Tensor& query) { return new_tensor({0}, query.scalar_type(), query); }
+
+// empty_by_row, of query's dtype.
+inline Tensor new_by_row(int64_t batch, int64_t heads, int64_t length, int64_t dim, const Tensor& query) {
+  if (!is_quickly_made(query)) return empty_by_row(batch, heads, length, dim, query.options());
+  const int64_t row = heads * dim;
+  return Tensor(
+      at::detail::empty_strided_cpu({batch, heads, length, dim}, {length * row, dim, row, 1}, query.scalar_type()));
+}
 
 // rng_state_of(a). Without dropout it is three zeros, which are written faster than at::zeros is dispatched.
 inline Tensor new_rng_state(const ForwardArguments& a) {
   if (is_defined(a.rng_state) || a.options.dropout_p != 0 || !a.query.is_cpu()) return rng_state_of(a);
-  Tensor state = at::empty({kRngStateSize}, a.query.options().dtype(at::kLong));
+  Tensor state = new_tensor({kRngStateSize}, at::kLong, a.query);
   std::fill_n(state.mutable_data_ptr<int64_t>(), kRngStateSize, 0);
   return state;
 }
@@ -37,10 +61,9 @@ ForwardResult run_forward(const ForwardArguments& a, Run&& run) {
   const Tensor rng_state = new_rng_state(a);
   const PreparedProblem prepared = make_problem(a, rng_state);
   const AttentionProblem& p = prepared.problem;
-  const auto options = a.query.options();
   const int64_t batch = a.query.size(0), rows = a.query.size(2);
-  Tensor out = empty_by_row(batch, p.heads, rows, p.value_dim, options);
-  Tensor logsumexp = at::empty({batch, p.heads, rows}, options.dtype(accumulator_type(a.query.scalar_type())));
+  Tensor out = new_by_row(batch, p.heads, rows, p.value_dim, a.query);
+  Tensor logsumexp = new_tensor({batch, p.heads, rows}, accumulator_type(a.query.scalar_type()), a.query);
   fill_rows_of_none(out, 2, prepared.query_starts, 0);
   fill_rows_of_none(logsumexp, 2, prepared.query_starts, -std::numeric_limits<double>::infinity());
   if (logsumexp.numel() > 0) run(p, ForwardOutputs{view_of_matrix(out), logsumexp.mutable_data_ptr()});
@@ -62,13 +85,13 @@ inline Tensor grad_sinks(const BackwardArguments& a) {
   return sum_of_rows(sink_weights(a.options, a.logsumexp) * row_term.neg(), *a.options.sinks, a.options);
 }
 
-// run(problem, tensors)
+// run(problem, tensors). into: where to put the gradients of query, key and value; undefined: new tensors.
 template <class Run>
-BackwardResult run_backward(const BackwardArguments& a, Run&& run) {
+BackwardResult run_backward(const BackwardArguments& a, Run&& run, const std::array<Tensor, 3>& into = {}) {
   check_arguments(a);
-  const PreparedProblem prepared = make_problem(a.forward(), a.rng_state);
+  const PreparedProblem prepared = make_checked_problem(a.forward(), a.rng_state);
   const AttentionProblem& p = prepared.problem;
-  const auto accumulator = a.query.options().dtype(a.logsumexp.scalar_type());
+  const auto accumulator = a.logsumexp.scalar_type();
 
   // What the kernel reads.
   const Tensor out = with_unit_column_stride(a.out), grad_out = with_unit_column_stride(a.grad_out);
@@ -82,8 +105,10 @@ BackwardResult run_backward(const BackwardArguments& a, Run&& run) {
 
   // What it writes.
   const auto allocate = [&](Gradient gradient, const Tensor& input, TensorView& view) {
-    if (!a.output_mask[gradient]) return no_gradient(a.query);
-    Tensor result = empty_by_row_like(input);
+    if (!a.output_mask[gradient]) return new_no_gradient(a.query);
+    Tensor result = into[gradient].defined()
+                        ? into[gradient]
+                        : new_by_row(input.size(0), input.size(1), input.size(2), input.size(3), a.query);
     fill_rows_of_none(result, 2, gradient == kQuery ? prepared.query_starts : prepared.key_starts, 0);
     view = view_of_matrix(result);
     return result;
@@ -91,13 +116,13 @@ BackwardResult run_backward(const BackwardArguments& a, Run&& run) {
   Tensor grad_query = allocate(kQuery, a.query, t.grad_query);
   Tensor grad_key = allocate(kKey, a.key, t.grad_key);
   Tensor grad_value = allocate(kValue, a.value, t.grad_value);
-  Tensor grad_mask = no_gradient(a.query), grad_slopes = no_gradient(a.query);  // outputs must not alias
+  Tensor grad_mask = new_no_gradient(a.query), grad_slopes = new_no_gradient(a.query);  // outputs must not alias
   if (a.output_mask[kAttnMask]) {
-    grad_mask = at::empty(a.options.attn_mask->sizes(), accumulator);
+    grad_mask = new_tensor(a.options.attn_mask->sizes(), accumulator, a.query);
     t.grad_attn_mask = view_of(grad_mask);
   }
   if (a.output_mask[kAlibiSlopes]) {
-    grad_slopes = at::empty({p.batch, p.heads}, accumulator);
+    grad_slopes = new_tensor({p.batch, p.heads}, accumulator, a.query);
     t.grad_alibi_slopes = grad_slopes.mutable_data_ptr();
   }
 
@@ -106,7 +131,16 @@ BackwardResult run_backward(const BackwardArguments& a, Run&& run) {
   if (a.output_mask[kAttnMask]) grad_mask = grad_mask.to(a.options.attn_mask->scalar_type());
   if (a.output_mask[kAlibiSlopes]) grad_slopes = per_head_gradient(grad_slopes, *a.options.alibi_slopes);
   return {grad_query, grad_key,    grad_value,
-          grad_mask,  grad_slopes, a.output_mask[kSinks] ? grad_sinks(a) : no_gradient(a.query)};
+          grad_mask,  grad_slopes, a.output_mask[kSinks] ? grad_sinks(a) : new_no_gradient(a.query)};
+}
+
+// attention_backward with gradients that are parts of one tensor, laid out like qkv.
+template <class Run>
+Tensor run_self_attention_backward(const SelfAttentionBackwardArguments& a, Run&& run) {
+  const Tensor grad_qkv = at::empty_like(a.qkv);
+  const Tensor written = with_unit_column_stride(grad_qkv);
+  run_backward(a.separate(), run, {part_of(written, kQuery), part_of(written, kKey), part_of(written, kValue)});
+  return written.is_same(grad_qkv) ? grad_qkv : grad_qkv.copy_(written);
 }
 
 }  // namespace torch_attn::ops

@@ -126,6 +126,10 @@ TensorView view_per_head(const Tensor& tensor) {
 
 PreparedProblem make_problem(const ForwardArguments& a, const Tensor& rng_state) {
   check_arguments(a);
+  return make_checked_problem(a, rng_state);
+}
+
+PreparedProblem make_checked_problem(const ForwardArguments& a, const Tensor& rng_state) {
   const Options& o = a.options;
   PreparedProblem prepared;
   AttentionProblem& p = prepared.problem;

@@ -16,6 +16,9 @@ struct PreparedProblem {
 // Checks the arguments. rng_state is read only if there is dropout.
 PreparedProblem make_problem(const ForwardArguments& arguments, const Tensor& rng_state);
 
+// Of arguments that have been checked.
+PreparedProblem make_checked_problem(const ForwardArguments& arguments, const Tensor& rng_state);
+
 // Lets random bits follow the state, where the call has no dropout to do so.
 void set_rng_state(AttentionProblem& problem, const Tensor& rng_state);
 

@@ -65,6 +65,12 @@ TORCH_LIBRARY_FRAGMENT(torch_attn, m) {
       "float dropout_p=0.0, bool is_causal=False, *, float? scale=None, bool enable_gqa=False) -> Tensor",
       random);
 
+  // qkv: (batch, length, 3, heads, head_dim), query, key and value as one projection leaves them.
+  define("self_attention(Tensor qkv, *, " + kOptions + ") -> Tensor", random);
+  define("self_attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor logsumexp, Tensor rng_state, *, " +
+             kOptions + ") -> Tensor grad_qkv",
+         pure);
+
   define("varlen_attention(" + kPacked + ") -> Tensor", random);
   define("varlen_attention_with_logsumexp(" + kPacked + ") -> (Tensor out, Tensor logsumexp)", random);
   define("paged_attention(" + kPaged + ") -> Tensor", pure);

@@ -3,6 +3,7 @@
 #include <ATen/autocast_mode.h>
 
 #include "ops/selection.h"
+#include "ops/self_attention.h"
 
 namespace torch_attn::ops {
 namespace {
@@ -13,6 +14,13 @@ ForwardResult attention_forward_autocast(const ForwardArguments& a) {
   const auto type = at::autocast::get_autocast_dtype(device);
   const auto cast = [&](const Tensor& tensor) { return at::autocast::cached_cast(type, tensor, device); };
   return AttentionForward::call({cast(a.query), cast(a.key), cast(a.value), a.options, a.rng_state});
+}
+
+template <c10::DeviceType device, c10::DispatchKey key>
+Tensor self_attention_autocast(const SelfAttentionArguments& a) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
+  return SelfAttention::call(
+      {at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), a.qkv, device), a.options});
 }
 
 template <c10::DeviceType device, c10::DispatchKey key>
@@ -40,12 +48,14 @@ TORCH_LIBRARY_IMPL(torch_attn, AutocastCPU, m) {
   m.impl("select_keys", SelectKeys::kernel<select_keys_autocast<at::kCPU, c10::DispatchKey::AutocastCPU>>);
   m.impl("attention_forward",
          AttentionForward::kernel<attention_forward_autocast<at::kCPU, c10::DispatchKey::AutocastCPU>>);
+  m.impl("self_attention", SelfAttention::kernel<self_attention_autocast<at::kCPU, c10::DispatchKey::AutocastCPU>>);
 }
 TORCH_LIBRARY_IMPL(torch_attn, AutocastCUDA, m) {
   m.impl("gather_values", GatherValues::kernel<gather_values_autocast<at::kCUDA, c10::DispatchKey::AutocastCUDA>>);
   m.impl("select_keys", SelectKeys::kernel<select_keys_autocast<at::kCUDA, c10::DispatchKey::AutocastCUDA>>);
   m.impl("attention_forward",
          AttentionForward::kernel<attention_forward_autocast<at::kCUDA, c10::DispatchKey::AutocastCUDA>>);
+  m.impl("self_attention", SelfAttention::kernel<self_attention_autocast<at::kCUDA, c10::DispatchKey::AutocastCUDA>>);
 }
 
 }  // namespace torch_attn::ops

@@ -16,10 +16,14 @@ ForwardResult attention_forward_cpu(const ForwardArguments& a) {
   });
 }
 
-BackwardResult attention_backward_cpu(const BackwardArguments& a) {
-  return run_backward(a, [](const AttentionProblem& p, const BackwardTensors& tensors) {
-    cpu::attention_backward(p, tensors, torch_threads());
-  });
+void run_backward_kernel(const AttentionProblem& p, const BackwardTensors& tensors) {
+  cpu::attention_backward(p, tensors, torch_threads());
+}
+
+BackwardResult attention_backward_cpu(const BackwardArguments& a) { return run_backward(a, run_backward_kernel); }
+
+Tensor self_attention_backward_cpu(const SelfAttentionBackwardArguments& a) {
+  return run_self_attention_backward(a, run_backward_kernel);
 }
 
 Tensor dropout_keep_mask_cpu(const DropoutArguments& a) {
@@ -35,6 +39,7 @@ Tensor dropout_keep_mask_cpu(const DropoutArguments& a) {
 TORCH_LIBRARY_IMPL(torch_attn, CPU, m) {
   m.impl("attention_forward", AttentionForward::kernel<attention_forward_cpu>);
   m.impl("attention_backward", AttentionBackward::kernel<attention_backward_cpu>);
+  m.impl("self_attention_backward", SelfAttentionBackward::kernel<self_attention_backward_cpu>);
   m.impl("dropout_keep_mask", DropoutKeepMask::kernel<dropout_keep_mask_cpu>);
 }
 

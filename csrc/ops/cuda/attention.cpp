@@ -24,15 +24,24 @@ ForwardResult attention_forward_cuda(const ForwardArguments& a) {
   });
 }
 
-BackwardResult attention_backward_cuda(const BackwardArguments& a) {
-  const c10::DeviceGuard guard(a.query.device());
-  return run_backward(a, [&](const AttentionProblem& problem, BackwardTensors tensors) {
+auto backward_kernel(const Tensor& query) {
+  return [query](const AttentionProblem& problem, BackwardTensors tensors) {
     tensors.deterministic = at::globalContext().deterministicAlgorithms();
     const AttentionProblem p = with_precision_of_matmul(problem);
-    const cuda::Stream stream = current_stream(a.query);
-    const Tensor workspace = workspace_of(cuda::backward_workspace_bytes(p, tensors, stream), a.query);
+    const cuda::Stream stream = current_stream(query);
+    const Tensor workspace = workspace_of(cuda::backward_workspace_bytes(p, tensors, stream), query);
     cuda::attention_backward(p, tensors, workspace.mutable_data_ptr(), stream);
-  });
+  };
+}
+
+BackwardResult attention_backward_cuda(const BackwardArguments& a) {
+  const c10::DeviceGuard guard(a.query.device());
+  return run_backward(a, backward_kernel(a.query));
+}
+
+Tensor self_attention_backward_cuda(const SelfAttentionBackwardArguments& a) {
+  const c10::DeviceGuard guard(a.qkv.device());
+  return run_self_attention_backward(a, backward_kernel(a.qkv));
 }
 
 Tensor dropout_keep_mask_cuda(const DropoutArguments& a) {
@@ -49,6 +58,7 @@ Tensor dropout_keep_mask_cuda(const DropoutArguments& a) {
 TORCH_LIBRARY_IMPL(torch_attn, CUDA, m) {
   m.impl("attention_forward", AttentionForward::kernel<attention_forward_cuda>);
   m.impl("attention_backward", AttentionBackward::kernel<attention_backward_cuda>);
+  m.impl("self_attention_backward", SelfAttentionBackward::kernel<self_attention_backward_cuda>);
   m.impl("dropout_keep_mask", DropoutKeepMask::kernel<dropout_keep_mask_cuda>);
 }
 

@@ -2,6 +2,7 @@
 #include "ops/check.h"
 #include "ops/operators.h"
 #include "ops/outputs.h"
+#include "ops/self_attention.h"
 
 namespace torch_attn::ops {
 namespace {
@@ -38,6 +39,11 @@ BackwardResult gradients_meta(const Arguments& a) {
           contiguous(kSinks, a.options.sinks)};
 }
 
+Tensor self_attention_backward_meta(const SelfAttentionBackwardArguments& a) {
+  check_arguments(a.separate());
+  return at::empty_like(a.qkv);
+}
+
 Tensor dropout_keep_mask_meta(const DropoutArguments& a) {
   check_arguments(a);
   return at::empty_symint({a.batch, a.heads, a.query_length, a.key_length}, a.rng_state.options().dtype(at::kBool));
@@ -48,6 +54,7 @@ Tensor dropout_keep_mask_meta(const DropoutArguments& a) {
 TORCH_LIBRARY_IMPL(torch_attn, Meta, m) {
   m.impl("attention_forward", AttentionForward::kernel<attention_forward_meta>);
   m.impl("attention_backward", AttentionBackward::kernel<gradients_meta<BackwardArguments>>);
+  m.impl("self_attention_backward", SelfAttentionBackward::kernel<self_attention_backward_meta>);
   m.impl("attention_jvp", AttentionJvp::kernel<attention_jvp_meta>);
   m.impl("attention_backward_jvp", AttentionBackwardJvp::kernel<gradients_meta<BackwardJvpArguments>>);
   m.impl("dropout_keep_mask", DropoutKeepMask::kernel<dropout_keep_mask_meta>);
