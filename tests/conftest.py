@@ -37,10 +37,9 @@ def hash_name(name: str) -> int:
 @pytest.fixture(params=torch.ops.torch_attn.cpu_isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """The test runs once with each instruction set that the CPU has."""
-    before = torch.ops.torch_attn.cpu_isa()
     torch.ops.torch_attn.force_cpu_isa(request.param)
     yield request.param
-    torch.ops.torch_attn.force_cpu_isa(before)
+    torch.ops.torch_attn.force_cpu_isa("")
 
 
 @pytest.fixture

@@ -154,12 +154,13 @@ struct Backward : BackwardPlan {
   }
 };
 
+// False where the walk cannot serve some number (BackwardPlan::infinite): gradients are then undefined.
 template <class Walk>
-void backward_with(const AttentionProblem& problem, const typename Walk::Tensors& tensors, const Parallel& parallel) {
+bool backward_with(const AttentionProblem& problem, const typename Walk::Tensors& tensors, const Parallel& parallel) {
   using Real = typename Walk::Real;
-  if (problem.batch * problem.kv_heads == 0) return;
+  if (problem.batch * problem.kv_heads == 0) return true;
   Backward<Walk> backward(problem, tensors, parallel.threads < 1 ? 1 : parallel.threads);
-  if (!backward.needs_scores && !backward.needs_value) return;
+  if (!backward.needs_scores && !backward.needs_value) return true;
   Scratch shared;
   if (backward.chunks > 1) backward.chunk_sums = shared.take<Real>(backward.items() * backward.sums_size);
   if (backward.needs_slopes) {
@@ -170,6 +171,7 @@ void backward_with(const AttentionProblem& problem, const typename Walk::Tensors
     for_each_item(parallel, backward.reductions(), [&](int64_t item, Scratch&) { backward.reduce(item); });
   }
   if (backward.needs_slopes) backward.sum_slopes();
+  return !backward.infinite;
 }
 
 template <class Tile>

@@ -13,6 +13,7 @@ constexpr int64_t kBackwardRows = 96;
 
 // What a backward call computes, and how it is cut up; the same for all of its tasks.
 struct BackwardPlan {
+  mutable bool infinite = false;  // see bfloat16/operands.h: set by the walks that cannot serve such numbers
   bool needs_query, needs_key, needs_value, needs_slopes;
   bool needs_scores;                   // any but value
   int64_t block_rows, row_blocks;      // query rows per block, blocks per head

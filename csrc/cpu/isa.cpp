@@ -89,16 +89,25 @@ Isa parse_isa(const std::string& name, const std::string& source) {
                               supported_names() + ".");
 }
 
-Isa initial_isa() {
+const char* isa_variable() {
   const char* wanted = std::getenv("TORCH_ATTN_CPU_ISA");
-  if (wanted == nullptr || *wanted == '\0') return best_isa();
-  return parse_isa(wanted, "TORCH_ATTN_CPU_ISA");
+  return wanted == nullptr ? "" : wanted;
+}
+
+Isa initial_isa() {
+  const char* wanted = isa_variable();
+  return *wanted == '\0' ? best_isa() : parse_isa(wanted, "TORCH_ATTN_CPU_ISA");
 }
 
 // An initial_isa that throws leaves the static uninitialised, so that the next call throws again.
 std::atomic<Isa>& current_isa() {
   static std::atomic<Isa> isa{initial_isa()};
   return isa;
+}
+
+std::atomic<bool>& current_is_forced() {
+  static std::atomic<bool> forced{*isa_variable() != '\0'};
+  return forced;
 }
 
 }  // namespace
@@ -128,6 +137,11 @@ std::vector<Isa> supported_isas() {
 
 Isa active_isa() { return current_isa().load(std::memory_order_relaxed); }
 
-void force_isa(const std::string& name) { current_isa().store(parse_isa(name, "isa"), std::memory_order_relaxed); }
+void force_isa(const std::string& name) {
+  current_isa().store(name.empty() ? initial_isa() : parse_isa(name, "isa"), std::memory_order_relaxed);
+  current_is_forced().store(!name.empty() || *isa_variable() != '\0', std::memory_order_relaxed);
+}
+
+bool is_isa_forced() { return current_is_forced().load(std::memory_order_relaxed); }
 
 }  // namespace torch_attn::cpu

@@ -19,7 +19,11 @@ std::vector<Isa> supported_isas();
 // Throws std::invalid_argument (on every call) when it names no ISA or one that this CPU or build lacks.
 Isa active_isa();
 
-// Runs this one from now on, in every thread, as the tests do to try each. Throws like active_isa.
+// Runs this one from now on, in every thread, as the tests do to try each; "" leaves the choice to active_isa again.
+// Throws like active_isa.
 void force_isa(const std::string& name);
+
+// Whether the variable or force_isa named it: then it runs wherever it can, and else where it is the fastest.
+bool is_isa_forced();
 
 }  // namespace torch_attn::cpu

@@ -20,6 +20,7 @@ struct VectorPanel {
 
   // What all tasks share: keys and, if an output is computed, values, copied once where every panel would copy them.
   struct Shared {
+    static constexpr bool infinite = false;
     const Real *keys = nullptr, *values = nullptr;  // [batch · kv head][key][column]; null where they are read in place
 
     Shared(const AttentionProblem& p, bool with_output, const Parallel& parallel, Scratch& scratch) {
@@ -350,12 +351,14 @@ struct WeightsKernel {
   }
 };
 
+// False where the panel's products cannot serve some number: weights are then undefined.
 template <class Panel>
-void weights_with(const AttentionProblem& problem, const SoftmaxOutputs& outputs, const Parallel& parallel) {
+bool weights_with(const AttentionProblem& problem, const SoftmaxOutputs& outputs, const Parallel& parallel) {
   Scratch scratch;
   const typename Panel::Shared shared(problem, outputs.out.defined(), parallel, scratch);
   const WeightsKernel<Panel> kernel(problem, outputs, shared);
   for_each_item(parallel, kernel.items(), [&](int64_t item, Scratch& memory) { kernel.run(item, memory); });
+  return !shared.infinite;
 }
 
 template <template <class> class Panel>

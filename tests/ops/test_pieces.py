@@ -23,13 +23,13 @@ def root_mean_square(x: Tensor) -> float:
     return x.double().square().mean().sqrt().item()
 
 
-# One block of rows and several, columns that fill tiles and that do not; long enough to take AMX unforced.
+# float16's error is that of rounding the results, on both sides. One block of rows and several, columns that fill tiles and that do not; long enough to take AMX unforced.
 SHAPES = [(300, 300, 64, 64), (1100, 200, 64, 64), (160, 600, 128, 96), (190, 170, 80, 100)]
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype, factor", [(torch.float32, 1.5), (torch.float16, 1.0)])
+@pytest.mark.parametrize("dtype, factor", [(torch.float32, 1.5), (torch.float16, 1.02)])
 def test_error_is_not_above_that_of_torchs_kernel(
     dtype: torch.dtype, factor: float, shape: tuple[int, int, int, int], is_causal: bool
 ) -> None:

@@ -66,13 +66,16 @@ struct AmxForward {
 
   const AttentionProblem& p;
   const ForwardOutputs& outputs;
+  bool* infinite;
   Dropout dropout;
   int64_t block_rows, row_blocks;
   int64_t head_dim, value_dim;  // padded to whole tile depths
 
-  AmxForward(const AttentionProblem& problem, const ForwardOutputs& out, int threads)
+  // infinite: see operands.h.
+  AmxForward(const AttentionProblem& problem, const ForwardOutputs& out, int threads, bool* infinite_found)
       : p(problem),
         outputs(out),
+        infinite(infinite_found),
         dropout(Dropout::make(problem.dropout_p, problem.philox_seed, problem.philox_offset)),
         head_dim(round_up(problem.head_dim, kTileDepth)),
         value_dim(round_up(problem.value_dim, kTileSide)) {
@@ -178,10 +181,10 @@ struct AmxForward {
           continue;
         }
         keys.key_rows = Source<Stored>(p.key, block.batch, kv_head, key, keys.keys, p.head_dim, keys.all_keys, head_dim,
-                                       keys.key_memory)
+                                       keys.key_memory, infinite)
                             .by_rows();
         keys.value_columns = Source<Stored>(p.value, block.batch, kv_head, key, keys.keys, p.value_dim, keys.all_keys,
-                                            packed_values, value_scratch)
+                                            packed_values, value_scratch, infinite)
                                  .by_columns(keys.value_memory, value_pairs);
         if (p.dropout_p > 0) {
           philox.groups(key / Dropout::kKeysPerCall, keys.all_keys / Dropout::kKeysPerCall, keys.groups);
@@ -211,8 +214,8 @@ struct AmxForward {
 
   void load_query(const Block& block, Scratch& scratch) const {
     auto* memory = scratch.take<uint16_t>(kPieces * block.rows * head_dim);
-    const Source<Stored> rows(p.query, block.batch, block.head, block.row, block.rows, p.head_dim, block.rows, head_dim,
-                              memory);
+    Source<Stored> rows(p.query, block.batch, block.head, block.row, block.rows, p.head_dim, block.rows, head_dim,
+                        memory, infinite);
     for (int64_t offset = 0; offset < block.lanes; offset += kAmxLanes) {
       rows.lanes(block.query + offset * head_dim, block.lanes * head_dim, offset, kAmxLanes);
     }

@@ -29,9 +29,12 @@ static bool suits(const AttentionProblem& p, int64_t fewest_rows, int64_t fewest
 
 template <class Stored>
 static void forward_of(const AttentionProblem& p, const ForwardOutputs& outputs, const Parallel& parallel) {
-  if (!suits(p, kFewestRows, kFewestKeys)) return kAvx512Kernels.forward(p, outputs, parallel);
-  const AmxForward<Stored> kernel(p, outputs, parallel.threads);
+  if (!suits(p, kFewestRows, kFewestKeys) || !gains_by_pieces<Stored>(p))
+    return kAvx512Kernels.forward(p, outputs, parallel);
+  bool infinite = false;
+  const AmxForward<Stored> kernel(p, outputs, parallel.threads, &infinite);
   for_each_item(parallel, kernel.items(), [&](int64_t item, Scratch& scratch) { kernel.run(item, scratch); });
+  if (infinite) kAvx512Kernels.forward(p, outputs, parallel);
 }
 
 static void forward(const AttentionProblem& p, const ForwardOutputs& outputs, const Parallel& parallel) {
@@ -68,10 +71,10 @@ static bool has_large_logsumexp(const AttentionProblem& p, const BackwardTensors
 
 template <class Stored>
 static void backward_of(const AttentionProblem& p, const BackwardTensors& t, const Parallel& parallel) {
-  if (!suits(p, kFewestRows, kFewestBackwardKeys) || has_large_logsumexp(p, t))
+  if (!suits(p, kFewestRows, kFewestBackwardKeys) || !gains_by_pieces<Stored>(p) || has_large_logsumexp(p, t))
     return kAvx512Kernels.backward(p, t, parallel);
   if (t.grad_attn_mask.defined()) mask_gradient<BackwardScores<GradientTile<float>>>(p, t, parallel);
-  backward_with<AmxWalk<Stored>>(p, t, parallel);
+  if (!backward_with<AmxWalk<Stored>>(p, t, parallel)) kAvx512Kernels.backward(p, t, parallel);
 }
 
 static void backward(const AttentionProblem& p, const BackwardTensors& t, const Parallel& parallel) {

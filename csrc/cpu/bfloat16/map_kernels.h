@@ -11,13 +11,16 @@ constexpr int64_t kFewestMapRows = 16, kFewestMapKeys = 32;
 
 static void map_weights(const AttentionProblem& p, const SoftmaxOutputs& outputs, const Parallel& parallel) {
   const bool suits = p.batch * p.kv_heads > 0 && p.query_length >= kFewestMapRows && p.key_length >= kFewestMapKeys;
-  if (suits && p.dtype == ScalarType::kBFloat16) {
-    return outputs.logsumexp == nullptr ? softmax_weights(p, outputs, parallel)
-                                        : weights_with<AmxPanel<BFloat16>>(p, outputs, parallel);
-  }
+  const bool known = outputs.logsumexp != nullptr;
+  if (suits && p.dtype == ScalarType::kBFloat16 && !known) return softmax_weights(p, outputs, parallel);
+  if (suits && p.dtype == ScalarType::kBFloat16 && weights_with<AmxPanel<BFloat16>>(p, outputs, parallel)) return;
 #if defined(__AMX_BF16__)
-  if (suits && p.dtype == ScalarType::kFloat16) return weights_with<AmxPanel<Float16>>(p, outputs, parallel);
-  if (suits && p.dtype == ScalarType::kFloat32) return weights_with<AmxPanel<float>>(p, outputs, parallel);
+  if (suits && p.dtype == ScalarType::kFloat16 && gains_by_pieces<Float16>(p) &&
+      weights_with<AmxPanel<Float16>>(p, outputs, parallel))
+    return;
+  if (suits && p.dtype == ScalarType::kFloat32 && gains_by_pieces<float>(p) &&
+      weights_with<AmxPanel<float>>(p, outputs, parallel))
+    return;
 #endif
   kAvx512MapKernels.weights(p, outputs, parallel);
 }

@@ -2,7 +2,8 @@
 // Included by forward.h and walk.h.
 //
 // A Source is rows [row, row + rows) of one head, padded with zeros to all_rows × all_columns, multiples of 32 (but for
-// all_rows where only `lanes` is called). memory holds all_rows × all_columns of each piece and stays in use.
+// all_rows where only `lanes` is called). memory holds all_rows × all_columns of each piece and stays in use. Where a
+// number in pieces is infinite, *infinite becomes true, and products are of no use.
 //   by_rows()                            A, whose sum runs over the columns
 //   by_columns(out, pairs)               A, transposed: the sum runs over the rows
 //   lanes(out, piece_stride, row, lanes) B, a panel of rows: [column / 2][lane][column % 2]
@@ -19,7 +20,7 @@ namespace torch_attn::cpu::TORCH_ATTN_ISA {
 class HalfSource {
  public:
   TA_INLINE HalfSource(const TensorView& view, int64_t batch, int64_t head, int64_t row, int64_t rows, int64_t columns,
-                       int64_t all_rows, int64_t all_columns, uint16_t* memory)
+                       int64_t all_rows, int64_t all_columns, uint16_t* memory, bool* /*infinite*/)
       : rows_(half_rows(view, batch, head, row, rows, columns, all_rows, all_columns, memory)),
         all_rows_(all_rows),
         all_columns_(all_columns) {}

@@ -54,12 +54,11 @@ TA_INLINE Vec<float> take_piece(Vec<float>& x) {
   x -= piece;
   return piece;
 }
-// The same where x may be infinite: then nothing is left.
-TA_INLINE Vec<float> take_piece_of_any(Vec<float>& x) {
-  constexpr int kInfinite = 0x18;
-  const Vec<float> piece = (Vec<float>)((IntVec<float>)x & static_cast<int32_t>(0xFFFF0000));
-  x = _mm512_maskz_sub_ps(_knot_mask16(_mm512_fpclass_ps_mask(x, kInfinite)), x, piece);
-  return piece;
+// An infinity's other pieces would be NaN, and its products with pieces that are 0 are anyway: calls with infinite
+// numbers are left to vectors. Which lanes are infinite:
+TA_INLINE __mmask16 infinite_lanes(Vec<float> x) {
+  constexpr int kPositive = 0x08, kNegative = 0x10;
+  return _mm512_fpclass_ps_mask(x, kPositive | kNegative);
 }
 
 // Lane by lane: the upper half of low next to that of high.

@@ -7,31 +7,12 @@
 
 namespace torch_attn::cpu::TORCH_ATTN_ISA {
 
-// Stores the pieces of low's and then high's numbers.
-template <class Stored>
-TA_INLINE void store_line(uint16_t* out, int64_t piece_stride, Vec<float> low, Vec<float> high) {
-#pragma GCC unroll 3
-  for (int piece = 0; piece < kPiecesOf<Stored>; ++piece) {
-    const Vec<float> a = take_piece_of_any(low), b = take_piece_of_any(high);
-    _mm512_storeu_si512(out + piece * piece_stride, (__m512i)_mm512_cvtne2ps_pbh(b, a));
-  }
-}
-// The same of numbers next to each other.
-template <class Stored>
-TA_INLINE void store_pair_line(uint16_t* out, int64_t piece_stride, Vec<float> first, Vec<float> second) {
-#pragma GCC unroll 3
-  for (int piece = 0; piece < kPiecesOf<Stored>; ++piece) {
-    const Vec<float> a = take_piece_of_any(first), b = take_piece_of_any(second);
-    _mm512_storeu_si512(out + piece * piece_stride, upper_halves(a, b));
-  }
-}
-
 // See operands.h.
 template <class Stored>
 class SplitSource {
  public:
   TA_INLINE SplitSource(const TensorView& view, int64_t batch, int64_t head, int64_t row, int64_t rows, int64_t columns,
-                        int64_t all_rows, int64_t all_columns, uint16_t* memory)
+                        int64_t all_rows, int64_t all_columns, uint16_t* memory, bool* infinite)
       : view_(view),
         batch_(batch),
         head_(head),
@@ -40,24 +21,26 @@ class SplitSource {
         columns_(columns),
         all_rows_(all_rows),
         all_columns_(all_columns),
-        memory_(memory) {
+        memory_(memory),
+        infinite_(infinite) {
     if (is_one_run(view, row, rows)) first_ = element(view, batch, head, row);
   }
 
   // [piece][column / 32][row][column % 32]
-  TA_NOINLINE TileOperand by_rows() const {
+  TA_NOINLINE TileOperand by_rows() {
     const int64_t piece_stride = all_rows_ * all_columns_;
     for (int64_t i = 0; i < all_rows_; ++i) {
       for (int64_t j = 0; j < all_columns_; j += kTileDepth) {
-        store_line<Stored>(memory_ + j * all_rows_ + i * kTileDepth, piece_stride, load_at(i, j),
-                           load_at(i, j + kLanes<float>));
+        store_line(memory_ + j * all_rows_ + i * kTileDepth, piece_stride, load_at(i, j),
+                   load_at(i, j + kLanes<float>));
       }
     }
+    report();
     return {memory_, kTileDepth * 2, all_rows_ * kTileDepth * 2, piece_stride * 2};
   }
 
   // [piece][row / 32][column][row % 32]
-  TA_NOINLINE TileOperand by_columns(uint16_t* out, uint16_t* /*pairs*/) const {
+  TA_NOINLINE TileOperand by_columns(uint16_t* out, uint16_t* /*pairs*/) {
     const int64_t piece_stride = all_rows_ * all_columns_;
     for (int64_t i = 0; i < all_rows_; i += kTileDepth) {
       for (int64_t j = 0; j < all_columns_; j += kLanes<float>) {
@@ -66,38 +49,59 @@ class SplitSource {
         load_transposed(i + kLanes<float>, j, high);
         uint16_t* place = out + i * all_columns_ + j * kTileDepth;
 #pragma GCC unroll 1
-        for (int k = 0; k < kLanes<float>; ++k)
-          store_line<Stored>(place + k * kTileDepth, piece_stride, low[k], high[k]);
+        for (int k = 0; k < kLanes<float>; ++k) store_line(place + k * kTileDepth, piece_stride, low[k], high[k]);
       }
     }
+    report();
     return {out, kTileDepth * 2, all_columns_ * kTileDepth * 2, piece_stride * 2};
   }
 
-  TA_NOINLINE void lanes(uint16_t* out, int64_t piece_stride, int64_t row, int64_t lanes) const {
+  TA_NOINLINE void lanes(uint16_t* out, int64_t piece_stride, int64_t row, int64_t lanes) {
     for (int64_t i = 0; i < lanes; i += kLanes<float>) {
       for (int64_t j = 0; j < all_columns_; j += kLanes<float>) {
         Vec<float> square[kLanes<float>];
         load_transposed(row + i, j, square);
 #pragma GCC unroll 1
         for (int k = 0; k < kLanes<float>; k += 2)
-          store_pair_line<Stored>(out + (j + k) * lanes + 2 * i, piece_stride, square[k], square[k + 1]);
+          store_pair_line(out + (j + k) * lanes + 2 * i, piece_stride, square[k], square[k + 1]);
       }
     }
+    report();
   }
 
-  TA_NOINLINE void row_pairs(uint16_t* out, int64_t piece_stride) const {
+  TA_NOINLINE void row_pairs(uint16_t* out, int64_t piece_stride) {
     constexpr int kApart = kLanesApart<Stored>;
     for (int64_t i = 0; i < all_rows_; i += 2 * kApart) {
       for (int64_t k = 0; k < kApart; ++k) {
         for (int64_t j = 0; j < all_columns_; j += kLanes<float>) {
-          store_pair_line<Stored>(out + (i + 2 * k) * all_columns_ + 2 * j, piece_stride, load_at(i + k, j),
-                                  load_at(i + k + kApart, j));
+          store_pair_line(out + (i + 2 * k) * all_columns_ + 2 * j, piece_stride, load_at(i + k, j),
+                          load_at(i + k + kApart, j));
         }
       }
     }
+    report();
   }
 
  private:
+  // Stores the pieces of low's and then high's numbers.
+  TA_INLINE void store_line(uint16_t* out, int64_t piece_stride, Vec<float> low, Vec<float> high) {
+    infinite_lanes_ |= infinite_lanes(low) | infinite_lanes(high);
+#pragma GCC unroll 3
+    for (int piece = 0; piece < kPiecesOf<Stored>; ++piece) {
+      const Vec<float> a = take_piece(low), b = take_piece(high);
+      _mm512_storeu_si512(out + piece * piece_stride, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+    }
+  }
+  // The same of numbers next to each other.
+  TA_INLINE void store_pair_line(uint16_t* out, int64_t piece_stride, Vec<float> first, Vec<float> second) {
+    infinite_lanes_ |= infinite_lanes(first) | infinite_lanes(second);
+    store_pairs<Stored>(out, piece_stride, first, second);
+  }
+  // Tasks may do so at the same time.
+  TA_INLINE void report() const {
+    if (infinite_lanes_ != 0) __atomic_store_n(infinite_, true, __ATOMIC_RELAXED);
+  }
+
   // Columns [column, column + 16) of row i.
   TA_INLINE Vec<float> load_at(int64_t i, int64_t column) const {
     const int64_t left = columns_ - column;
@@ -125,6 +129,8 @@ class SplitSource {
   const TensorView& view_;
   int64_t batch_, head_, row_, rows_, columns_, all_rows_, all_columns_;
   uint16_t* memory_;
+  bool* infinite_;
+  unsigned infinite_lanes_ = 0;
   const char* first_ = nullptr;
 };
 

@@ -24,6 +24,7 @@ struct AmxRowBlock {
   uint16_t *query, *grad_out;           // B operands for the dots: [lane offset · dim][dim / 2][lane][2]
   uint16_t *query_pairs, *grad_pairs;   // B operands for the sums over rows: [row pair][column][2]
   float *logsumexp, *delta;             // [lane]
+  bool infinite = false;                // see operands.h
   const float* weight_scale = nullptr;  // calls with a large logsumexp do not come here
 
   AmxRowBlock(const AttentionProblem& p, int64_t max_rows, Scratch& scratch)
@@ -53,7 +54,7 @@ struct AmxRowBlock {
 
  private:
   void pack(const TensorView& view, int64_t columns, int64_t all_columns, uint16_t* panels, uint16_t* pairs) {
-    const Source<Stored> in(view, batch, head, row, rows, columns, lanes, all_columns, row_memory_);
+    Source<Stored> in(view, batch, head, row, rows, columns, lanes, all_columns, row_memory_, &infinite);
     const int64_t piece_stride = all_rows * all_columns;
     for (int64_t offset = 0; offset < lanes; offset += kAmxLanes) {
       in.lanes(panels + offset * all_columns, piece_stride, offset, kAmxLanes);
@@ -146,6 +147,7 @@ struct AmxWalk {
   Tile tiles[2];
 
   float over_keys(Block& block) {
+    if (block.infinite) __atomic_store_n(&plan.infinite, true, __ATOMIC_RELAXED);
     const ScoreStage<float> stage(p, batch, block.head);
     if (plan.needs_query) fill<float>(grad_query, 0, block.lanes * query_columns);
     float slope_gradient = 0;
@@ -154,13 +156,13 @@ struct AmxWalk {
     for (int64_t key = range.begin; key < range.end; key += key_block_size) {
       KeyBlock keys{key, smaller(key_block_size, range.end - key), 0, {}, {}, {}};
       keys.all_keys = round_up(keys.keys, kTileDepth);
-      const Source<Stored> key_source(p.key, batch, kv_head, key, keys.keys, p.head_dim, keys.all_keys, head_dim,
-                                      key_memory);
+      Source<Stored> key_source(p.key, batch, kv_head, key, keys.keys, p.head_dim, keys.all_keys, head_dim, key_memory,
+                                &plan.infinite);
       keys.key_rows = key_source.by_rows();
       if (plan.needs_query) keys.key_columns = key_source.by_columns(keys_transposed, key_pairs);
-      keys.value_rows =
-          Source<Stored>(p.value, batch, kv_head, key, keys.keys, p.value_dim, keys.all_keys, value_dim, value_memory)
-              .by_rows();
+      keys.value_rows = Source<Stored>(p.value, batch, kv_head, key, keys.keys, p.value_dim, keys.all_keys, value_dim,
+                                       value_memory, &plan.infinite)
+                            .by_rows();
       const NextRows next(p, batch, kv_head, key + keys.keys, key_block_size, range.end - key - keys.keys, panels);
       for (int64_t first = 0; first < panels; first += kGroupPanels) {
         attend(block, stage, first, smaller(kGroupPanels, panels - first), keys, next, slope_gradient);

@@ -41,6 +41,7 @@ struct AmxPanel {
   // [batch · kv head][block][key][column] and [batch · kv head][block][column][key], or the same in pieces.
   struct Shared {
     int64_t key_columns, value_columns, blocks;
+    mutable bool infinite = false;  // see operands.h
     uint16_t *keys, *values = nullptr;
 
     Shared(const AttentionProblem& p, bool with_output, const Parallel& parallel, Scratch& scratch)
@@ -56,9 +57,11 @@ struct AmxPanel {
         uint16_t* copy = keys + item * kPieces * kKeys * key_columns;
         uint16_t* columns = with_output ? values + item * kPieces * kKeys * value_columns : nullptr;
         if constexpr (kPieces > 1) {
-          SplitSource<Stored>(p.key, batch, kv_head, key, count, p.head_dim, kKeys, key_columns, copy).by_rows();
+          SplitSource<Stored>(p.key, batch, kv_head, key, count, p.head_dim, kKeys, key_columns, copy, &infinite)
+              .by_rows();
           if (!with_output) return;
-          SplitSource<Stored>(p.value, batch, kv_head, key, count, p.value_dim, kKeys, value_columns, nullptr)
+          SplitSource<Stored>(p.value, batch, kv_head, key, count, p.value_dim, kKeys, value_columns, nullptr,
+                              &infinite)
               .by_columns(columns, nullptr);
           return;
         }
@@ -104,7 +107,8 @@ struct AmxPanel {
 
   void start(int64_t new_batch, int64_t new_head, int64_t first_row, int64_t row_count) {
     batch = new_batch, head = new_head, row = first_row, rows = row_count;
-    const Source<Stored> in(p.query, batch, head, row, rows, p.head_dim, rows, shared.key_columns, row_memory);
+    Source<Stored> in(p.query, batch, head, row, rows, p.head_dim, rows, shared.key_columns, row_memory,
+                      &shared.infinite);
     in.lanes(query, kRows * shared.key_columns, 0, rows > kAmxLanes ? kRows : kAmxLanes);
   }
 
