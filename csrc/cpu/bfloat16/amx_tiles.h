@@ -58,16 +58,22 @@ TA_INLINE void multiply_tiles(const TileOperand& a, int64_t a_offset, const Tile
 // units have nothing to do for 16 cycles: there beside.slot<its number, of so many in a step>() is called. What it does
 // must be known at compile time: with a branch that reads memory, which waits for the tiles' loads before it, D 64
 // gained nothing.
+//
+// Three pieces start from zero, and are added to c at the end: six products in each step, rounded to the size of a
+// long sum, made float32's output at 16384 keys err by 2.3 times PyTorch's (root mean square).
 template <PieceProducts kProducts, int kM, int kN, bool kAccumulate, class Beside>
 TA_INLINE void tile_block(int64_t steps, const TileOperand& a, int64_t m, const TileOperand& b, int64_t n, float* c,
                           int64_t c_stride, Beside& beside) {
-  const int64_t c_bytes = c_stride * 4;
-  float* c1 = c + kTileSide * c_stride;
-  if constexpr (kAccumulate) {
-    _tile_loadd(0, c, c_bytes);
-    if constexpr (kN == 2) _tile_loadd(1, c + kTileSide, c_bytes);
-    if constexpr (kM == 2) _tile_loadd(2, c1, c_bytes);
-    if constexpr (kM == 2 && kN == 2) _tile_loadd(3, c1 + kTileSide, c_bytes);
+  constexpr bool kAddsAtEnd = kAccumulate && kProducts.pieces > 2;
+  alignas(64) float sums[kAddsAtEnd ? kM * kN * kTileSide * kTileSide : 1];
+  float* const place = kAddsAtEnd ? sums : c;
+  const int64_t stride = kAddsAtEnd ? kN * kTileSide : c_stride, bytes = stride * 4;
+  float* const below = place + kTileSide * stride;
+  if constexpr (kAccumulate && !kAddsAtEnd) {
+    _tile_loadd(0, place, bytes);
+    if constexpr (kN == 2) _tile_loadd(1, place + kTileSide, bytes);
+    if constexpr (kM == 2) _tile_loadd(2, below, bytes);
+    if constexpr (kM == 2 && kN == 2) _tile_loadd(3, below + kTileSide, bytes);
   } else {
     _tile_zero(0);
     if constexpr (kN == 2) _tile_zero(1);
@@ -76,10 +82,20 @@ TA_INLINE void tile_block(int64_t steps, const TileOperand& a, int64_t m, const 
   }
   for (int64_t step = 0; step < steps; ++step)
     multiply_tiles<kProducts, kM, kN>(a, m * kTileSide * a.row_bytes, b, n * 64, step, beside);
-  _tile_stored(0, c, c_bytes);
-  if constexpr (kN == 2) _tile_stored(1, c + kTileSide, c_bytes);
-  if constexpr (kM == 2) _tile_stored(2, c1, c_bytes);
-  if constexpr (kM == 2 && kN == 2) _tile_stored(3, c1 + kTileSide, c_bytes);
+  _tile_stored(0, place, bytes);
+  if constexpr (kN == 2) _tile_stored(1, place + kTileSide, bytes);
+  if constexpr (kM == 2) _tile_stored(2, below, bytes);
+  if constexpr (kM == 2 && kN == 2) _tile_stored(3, below + kTileSide, bytes);
+  if constexpr (kAddsAtEnd) {
+    asm volatile("" ::: "memory");
+    for (int64_t i = 0; i < kM * kTileSide; ++i) {
+#pragma GCC unroll 2
+      for (int64_t j = 0; j < kN * kTileSide; j += kLanes<float>) {
+        float* sum = c + i * c_stride + j;
+        store(sum, load(sum) + load(sums + i * stride + j));
+      }
+    }
+  }
 }
 
 constexpr bool kCallsBeside = true;
