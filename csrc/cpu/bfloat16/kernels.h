@@ -1,5 +1,5 @@
-// What runs in bfloat16 at the instruction sets that multiply it, and what is left to the AVX-512 kernels. Included by
-// instantiate/amx.cpp and instantiate/avx512_bf16.cpp.
+// What runs by products of bfloat16 at the instruction sets that have them, and what is left to the AVX-512 kernels.
+// Included by instantiate/amx.cpp and instantiate/avx512_bf16.cpp.
 #pragma once
 
 #include "decode_pairs.h"

@@ -9,23 +9,20 @@ namespace torch_attn::cpu::TORCH_ATTN_ISA {
 // With fewer, a panel's lanes or a tile's keys would be mostly empty.
 constexpr int64_t kFewestMapRows = 16, kFewestMapKeys = 32;
 
-// False where it does not serve a call.
-template <class Stored>
-static bool map_weights_of(const AttentionProblem& p, const SoftmaxOutputs& outputs, const Parallel& parallel) {
-  if (p.batch * p.kv_heads == 0 || p.query_length < kFewestMapRows || p.key_length < kFewestMapKeys) return false;
-  if (!gains_by_pieces<Stored>(p)) return false;
-  return outputs.logsumexp == nullptr ? softmax_weights<Stored>(p, outputs, parallel)
-                                      : weights_with<AmxPanel<Stored>>(p, outputs, parallel);
-}
-
 static void map_weights(const AttentionProblem& p, const SoftmaxOutputs& outputs, const Parallel& parallel) {
-  bool done = false;
-  if (p.dtype == ScalarType::kBFloat16) done = map_weights_of<BFloat16>(p, outputs, parallel);
+  const bool suits = p.batch * p.kv_heads > 0 && p.query_length >= kFewestMapRows && p.key_length >= kFewestMapKeys;
+  const bool known = outputs.logsumexp != nullptr;
+  if (suits && p.dtype == ScalarType::kBFloat16 && !known) return softmax_weights(p, outputs, parallel);
+  if (suits && p.dtype == ScalarType::kBFloat16 && weights_with<AmxPanel<BFloat16>>(p, outputs, parallel)) return;
 #if defined(__AMX_BF16__)
-  if (p.dtype == ScalarType::kFloat16) done = map_weights_of<Float16>(p, outputs, parallel);
-  if (p.dtype == ScalarType::kFloat32) done = map_weights_of<float>(p, outputs, parallel);
+  if (suits && p.dtype == ScalarType::kFloat16 && gains_by_pieces<Float16>(p) &&
+      weights_with<AmxPanel<Float16>>(p, outputs, parallel))
+    return;
+  if (suits && p.dtype == ScalarType::kFloat32 && gains_by_pieces<float>(p) &&
+      weights_with<AmxPanel<float>>(p, outputs, parallel))
+    return;
 #endif
-  if (!done) kAvx512MapKernels.weights(p, outputs, parallel);
+  kAvx512MapKernels.weights(p, outputs, parallel);
 }
 
 static void map_statistics(const AttentionProblem& p, const StatisticsOutputs& outputs, const Parallel& parallel) {

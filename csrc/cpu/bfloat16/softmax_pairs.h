@@ -42,9 +42,9 @@ TA_INLINE bool settle_maximum(const float* old_maximum, float* maximum, float* r
 }
 
 // Scores (divided by factor) of keys [begin, end) become weights, stored as the pairs of a B operand that starts at key
-// begin; sums are brought up to date. kept is DropoutPairs'. Done in parts beside tile
+// begin and has pieces of kAmxKeys keys; sums are brought up to date. kept is DropoutPairs'. Done in parts beside tile
 // products, of which each step of one 2 × 2 block takes kParts: pairs of keys, for one vector of lanes.
-template <class Stored, bool kDropout, int kParts = 0, int64_t kPieceStride = kAmxKeys * kAmxLanes>
+template <class Stored, bool kDropout, int kParts = 0>
 class SoftmaxPairs {
  public:
   TA_INLINE SoftmaxPairs(int64_t begin, int64_t end, float factor, const float* scores, const uint32_t* kept,
@@ -90,6 +90,7 @@ class SoftmaxPairs {
   template <int n>
   TA_INLINE void add_pair() {
     constexpr int n_lanes = kLanes<float>;
+    constexpr int64_t kPieceStride = kAmxKeys * kAmxLanes;
     const int64_t place = 2 * done_ * kAmxLanes + n * n_lanes;
     const Vec<float> even = exp_for<Stored>(load(scores_ + place) * factor_ - subtracted_[n]);
     const Vec<float> odd = exp_for<Stored>(load(scores_ + place + kAmxLanes) * factor_ - subtracted_[n]);

@@ -1,8 +1,8 @@
-// attention_weights where logsumexp is yet to be found, and attention's output with them: what MultiheadAttention calls
-// for need_weights=True. A task is kTaskRows rows of one head or, for the mean, of all heads in turn. Output and
-// weights come from one walk over the keys like that of forward.h: the second product reads the weights as pairs of
-// bfloat16, or of pieces, anyway, so these wait until the row's sum is known, and no exponential is computed twice.
-// Included by map_kernels.h.
+// attention_weights of bfloat16 where logsumexp is yet to be found, and attention's output with them: what
+// MultiheadAttention calls for need_weights=True. A task is kTaskRows rows of one head or, for the mean, of all heads
+// in turn. Output and weights come from one walk over the keys like that of forward.h: the second product reads the
+// weights as pairs of bfloat16 anyway, so these wait, half as large as scores, until the row's sum is known, and no
+// exponential is computed twice. Included by map_kernels.h.
 #pragma once
 
 #include "forward.h"
@@ -32,10 +32,8 @@ struct Ahead {
   }
 };
 
-// The weights of heads at one panel and block of keys: pairs [head][piece][key / 2][lane][2], factors [head][lane].
-template <class Stored>
+// The weights of heads at one panel and block of keys: pairs [head][key / 2][lane][2], factors [head][lane].
 struct PairedHeads {
-  static constexpr int64_t kPieceStride = AmxPanel<Stored>::kKeys * kAmxLanes;
   int64_t count;
   const uint16_t* pairs;
   int64_t head_stride;
@@ -48,25 +46,18 @@ struct PairedHeads {
     Vec<float> even = sums == nullptr ? Vec<float>{} : load(before);
     Vec<float> odd = sums == nullptr ? Vec<float>{} : load(before + kAmxLanes);
     for (int64_t i = 0; i < count; ++i) {
-      const uint16_t* place = pairs + i * head_stride + j * kAmxLanes + 2 * lane;
+      const __m512i both = _mm512_loadu_si512(pairs + i * head_stride + j * kAmxLanes + 2 * lane);
       const Vec<float> factor = load(factors + i * kAmxLanes + lane);
-      Vec<float> weights[2] = {};
-#pragma GCC unroll 3
-      for (int piece = kPiecesOf<Stored> - 1; piece >= 0; --piece) {
-        const __m512i both = _mm512_loadu_si512(place + piece * kPieceStride);
-        weights[0] += (Vec<float>)_mm512_slli_epi32(both, 16);
-        weights[1] += (Vec<float>)_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u)));
-      }
-      even += weights[0] * factor;
-      odd += weights[1] * factor;
+      even += (Vec<float>)_mm512_slli_epi32(both, 16) * factor;
+      odd += (Vec<float>)_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))) * factor;
     }
     body(even, odd);
   }
 };
 
 // sums[key][lane] = (kFirst) or += the heads' weights of keys [0, keys).
-template <bool kFirst, class Stored>
-TA_NOINLINE void add_heads(const PairedHeads<Stored>& heads, int64_t keys, float* sums) {
+template <bool kFirst>
+TA_NOINLINE void add_heads(const PairedHeads& heads, int64_t keys, float* sums) {
   for (int64_t lane = 0; lane < kAmxLanes; lane += kLanes<float>) {
     for (int64_t j = 0; j < keys; j += 2) {
       float* place = sums + j * kAmxLanes + lane;
@@ -81,8 +72,8 @@ TA_NOINLINE void add_heads(const PairedHeads<Stored>& heads, int64_t keys, float
 // The same, and sums (null: nothing) added, written to the rows of a tensor that start at columns. Not by streaming
 // stores: a new page's zeros lie in the cache, and these would have to be thrown out (1.2 times slower at H 8, L 2048;
 // 1.06 times faster into memory that was written before).
-TA_NOINLINE inline void write_heads(const PairedHeads<BFloat16>& heads, int64_t keys, const float* sums,
-                                    const TensorView& out, char* columns, int64_t rows) {
+TA_NOINLINE inline void write_heads(const PairedHeads& heads, int64_t keys, const float* sums, const TensorView& out,
+                                    char* columns, int64_t rows) {
   constexpr int n_lanes = kLanes<float>;
   const int64_t step = out.stride[2] * static_cast<int64_t>(sizeof(uint16_t));
   alignas(64) uint16_t square[n_lanes][2 * n_lanes];
@@ -115,44 +106,10 @@ TA_NOINLINE inline void write_heads(const PairedHeads<BFloat16>& heads, int64_t 
   }
 }
 
-// The same where a vector holds 16 keys of a row.
-template <class Stored>
-TA_NOINLINE void write_heads(const PairedHeads<Stored>& heads, int64_t keys, const float* sums, const TensorView& out,
-                             char* columns, int64_t rows) {
-  constexpr int n_lanes = kLanes<float>;
-  const int64_t step = out.stride[2] * static_cast<int64_t>(sizeof(Stored));
-  for (int64_t i = 0; i < rows; i += n_lanes) {
-    for (int64_t j = 0; j < keys; j += n_lanes) {
-      Vec<float> lanes[n_lanes];
-#pragma GCC unroll 8
-      for (int key = 0; key < n_lanes; key += 2) {
-        heads.gather(j + key, i, sums, [&](Vec<float> even, Vec<float> odd) TA_INLINE_LAMBDA {
-          lanes[key] = even;
-          lanes[key + 1] = odd;
-        });
-      }
-      transpose_in_registers<float>(lanes);
-      const auto wanted = static_cast<__mmask16>((1u << smaller<int64_t>(keys - j, n_lanes)) - 1);
-      char* to = columns + i * step + j * static_cast<int64_t>(sizeof(Stored));
-#pragma GCC unroll 16
-      for (int lane = 0; lane < n_lanes; ++lane) {
-        if (i + lane >= rows) continue;
-        if constexpr (sizeof(Stored) == 4) {
-          _mm512_mask_storeu_ps(to + lane * step, wanted, lanes[lane]);
-        } else {
-          _mm256_mask_storeu_epi16(to + lane * step, wanted, _mm512_cvtps_ph(lanes[lane], _MM_FROUND_TO_NEAREST_INT));
-        }
-      }
-    }
-  }
-}
-
-template <class Stored>
 struct AmxSoftmaxWeights {
-  using Shared = typename AmxPanel<Stored>::Shared;
-  static constexpr int kPieces = kPiecesOf<Stored>;
+  using Shared = AmxPanel<BFloat16>::Shared;
   using Softmax = OnlineSoftmax<VectorMath<float>>;
-  static constexpr int64_t kPanels = kTaskRows / kAmxLanes, kKeys = AmxPanel<Stored>::kKeys;
+  static constexpr int64_t kPanels = kTaskRows / kAmxLanes, kKeys = AmxPanel<BFloat16>::kKeys;
 
   const AttentionProblem& p;
   const SoftmaxOutputs& outputs;
@@ -165,9 +122,9 @@ struct AmxSoftmaxWeights {
         shared(state),
         row_blocks((p.query_length + kTaskRows - 1) / kTaskRows),
         // Heads lie an odd number of lines apart, so that they do not share sets of the L1 cache.
-        head_pairs(kPieces * kTaskRows * shared.blocks * kKeys + kLine / 2),
+        head_pairs(kTaskRows * shared.blocks * kKeys + kLine / 2),
         heads_at_once(smaller(larger<int64_t>(kMostPairs / head_pairs, 1),
-                              outputs.mean ? smaller(kHeadsAtOnce / kPieces, p.heads) : int64_t{1})),
+                              outputs.mean ? smaller(kHeadsAtOnce, p.heads) : int64_t{1})),
         value_columns(outputs.out.defined() ? round_up(p.value_dim, kTileSide) : 0) {}
   int64_t map_heads() const { return outputs.mean ? 1 : p.heads; }
   int64_t items() const { return p.batch * map_heads() * row_blocks; }
@@ -181,7 +138,7 @@ struct AmxSoftmaxWeights {
     float *maximum, *factor;                  // [head of the group][lane]
     float *sum, *old_maximum, *rescale, *ones, *factors;
     float* subtracted;  // [head of the group][block][lane]: from a block's scores
-    uint16_t* pairs;    // [head of the group][panel][block][piece][key / 2][lane][2]
+    uint16_t* pairs;    // [head of the group][panel][key / 2][lane][2]
     float* sums;        // [panel][key][lane]: of the groups before
 
     Task(const AttentionProblem& p, Scratch& scratch) : tile(p, scratch) {}
@@ -211,8 +168,8 @@ struct AmxSoftmaxWeights {
   }
 
   void take_memory(Task& task, Scratch& scratch, int64_t heads) const {
-    task.query = scratch.take<uint16_t>(kPieces * kTaskRows * shared.key_columns);
-    task.row_memory = scratch.take<uint16_t>(kPieces * kTaskRows * shared.key_columns);
+    task.query = scratch.take<uint16_t>(kTaskRows * shared.key_columns);
+    task.row_memory = scratch.take<uint16_t>(kTaskRows * shared.key_columns);
     task.scores = scratch.take<float>(kKeys * kAmxLanes);
     task.out = scratch.take<float>(kTaskRows * value_columns);
     task.out_rows = scratch.take<float>(kAmxLanes * value_columns);
@@ -235,8 +192,8 @@ struct AmxSoftmaxWeights {
   // One head: its output and logsumexp, and its weights, up to a factor, in the group's pairs.
   TA_NOINLINE void attend(const Task& task, int64_t head, int64_t slot) const {
     const ScoreStage<float> stage(p, task.batch, head);
-    Source<Stored> query(p.query, task.batch, head, task.row, task.rows, p.head_dim, task.rows, shared.key_columns,
-                         task.row_memory, &shared.infinite);
+    const HalfRows rows = half_rows(p.query, task.batch, head, task.row, task.rows, p.head_dim, task.rows,
+                                    shared.key_columns, task.row_memory);
     float *maximum = task.maximum + slot * kTaskRows, *factor = task.factor + slot * kTaskRows;
     const float lowest = -__builtin_inff();
     float sink = lowest;
@@ -246,7 +203,8 @@ struct AmxSoftmaxWeights {
     fill<float>(task.out, 0, kTaskRows * value_columns);
     for (int64_t panel = 0; panel * kAmxLanes < task.rows; ++panel) {
       const int64_t offset = panel * kAmxLanes;
-      query.lanes(task.query + offset * shared.key_columns, kTaskRows * shared.key_columns, offset, kAmxLanes);
+      pack_pairs(task.query + offset * shared.key_columns, kAmxLanes, {rows.data + offset * rows.stride, rows.stride},
+                 panel_rows(task, panel), shared.key_columns);
     }
     for (int64_t block = task.first_block; block < task.last_block; ++block) {
       for (int64_t panel = 0; panel * kAmxLanes < task.rows; ++panel) add_keys(task, stage, head, slot, panel, block);
@@ -274,26 +232,26 @@ struct AmxSoftmaxWeights {
     const int64_t key = block * kKeys, all_keys = round_up(smaller(kKeys, p.key_length - key), kTileDepth);
     float *maximum = task.maximum + slot * kTaskRows + offset, *sum = task.sum + offset;
     float* subtracted = task.subtracted + (slot * shared.blocks + block) * kTaskRows + offset;
-    uint16_t* pairs = task.pairs + slot * head_pairs + kPieces * place(panel, block);
+    uint16_t* pairs = task.pairs + slot * head_pairs + place(panel, block);
     const KeySpan span = KeySpan::of(stage.band, row, rows, key, all_keys, kTileDepth);
     BiasTile<float> bias;
     if (span.empty() || !load_bias<float, kAmxVectors>(stage, task.tile, row, rows, key, span, bias)) {
-      fill_pairs(pairs, 0, all_keys);
+      fill<uint16_t>(pairs, 0, all_keys * kAmxLanes);
       __builtin_memcpy(subtracted, maximum, kAmxLanes * sizeof(float));
       return;
     }
-    fill_pairs(pairs, 0, span.begin);
-    fill_pairs(pairs, span.end, all_keys);
+    fill<uint16_t>(pairs, 0, span.begin * kAmxLanes);
+    fill<uint16_t>(pairs + span.end * kAmxLanes, 0, (all_keys - span.end) * kAmxLanes);
 
     const int64_t shared_block = shared.block(p, task.batch, head, key);
-    Ahead next_keys = ahead(shared.keys, shared_block + 1, shared.key_columns, panel);
-    const TileOperand key_operand = shared.keys_of(shared_block);
+    const uint16_t* keys = shared.keys + shared_block * kKeys * shared.key_columns;
+    Ahead next_keys = ahead(keys + kKeys * shared.key_columns, shared.key_columns, panel);
     const TileOperand query_operand{task.query + offset * shared.key_columns, kAmxLanes * 4,
-                                    kTileDepth / 2 * kAmxLanes * 4, kTaskRows * shared.key_columns * 2};
+                                    kTileDepth / 2 * kAmxLanes * 4};
     for (int64_t j = span.begin; j < span.end; j += kTileDepth) {
-      tile_product<false, kDots<Stored>>(kTileDepth / kTileSide, kAmxVectors, shared.key_columns / kTileDepth,
-                                         key_operand.from_row(j), query_operand, task.scores + j * kAmxLanes,
-                                         kAmxLanes);
+      const TileOperand key_operand{keys + j * shared.key_columns, shared.key_columns * 2, kTileDepth * 2};
+      tile_product<false>(kTileDepth / kTileSide, kAmxVectors, shared.key_columns / kTileDepth, key_operand,
+                          query_operand, task.scores + j * kAmxLanes, kAmxLanes);
       next_keys.ask();
     }
 
@@ -311,11 +269,11 @@ struct AmxSoftmaxWeights {
     __builtin_memcpy(subtracted, maximum, kAmxLanes * sizeof(float));
 
     const bool with_output = outputs.out.defined();
-    Ahead next_values =
-        with_output ? ahead(shared.values, shared_block + 1, shared.value_columns, panel) : Ahead{nullptr, nullptr};
+    const uint16_t* values = with_output ? shared.values + shared_block * kKeys * shared.value_columns : nullptr;
+    Ahead next_values = with_output ? ahead(values + kKeys * shared.value_columns, shared.value_columns, panel)
+                                    : Ahead{nullptr, nullptr};
     for (int64_t j = span.begin; j < span.end; j += kTileSide) {
-      SoftmaxPairs<Stored, false, 0, kKeys * kAmxLanes>(j, j + kTileSide, factor, task.scores, nullptr, maximum,
-                                                        pairs + j * kAmxLanes)
+      SoftmaxPairs<BFloat16, false>(j, j + kTileSide, factor, task.scores, nullptr, maximum, pairs + j * kAmxLanes)
           .finish(j == span.begin ? task.rescale : task.ones, sum);
       next_values.ask();
     }
@@ -325,24 +283,17 @@ struct AmxSoftmaxWeights {
       for (int64_t i = 0; i < value_columns * kAmxLanes; i += kLanes<float>)
         store(out + i, load(out + i) * load(task.rescale + i % kAmxLanes));
     }
-    const TileOperand value_operand = shared.values_of(shared_block).from_depth(span.begin);
-    const TileOperand weight_operand{pairs + span.begin * kAmxLanes, kAmxLanes * 4, kTileDepth / 2 * kAmxLanes * 4,
-                                     kKeys * kAmxLanes * 2};
-    tile_product<true, kSums<Stored>>(value_columns / kTileSide, kAmxVectors, (span.end - span.begin) / kTileDepth,
-                                      value_operand, weight_operand, out, kAmxLanes);
-  }
-
-  // The weights of keys [begin, end) of one block are 0.
-  static void fill_pairs(uint16_t* pairs, int64_t begin, int64_t end) {
-    for (int piece = 0; piece < kPieces; ++piece)
-      fill<uint16_t>(pairs + (piece * kKeys + begin) * kAmxLanes, 0, (end - begin) * kAmxLanes);
+    const TileOperand value_operand{values + span.begin, kKeys * 2, kTileDepth * 2};
+    const TileOperand weight_operand{pairs + span.begin * kAmxLanes, kAmxLanes * 4, kTileDepth / 2 * kAmxLanes * 4};
+    tile_product<true>(value_columns / kTileSide, kAmxVectors, (span.end - span.begin) / kTileDepth, value_operand,
+                       weight_operand, out, kAmxLanes);
   }
 
   // A panel's share of a block of rows.
-  static Ahead ahead(const uint16_t* blocks, int64_t block, int64_t columns, int64_t panel) {
-    const int64_t size = kPieces * kKeys * columns, share = size / kPanels;
-    const uint16_t* first = blocks + block * size + panel * share;
-    return {reinterpret_cast<const char*>(first), reinterpret_cast<const char*>(first + share)};
+  static Ahead ahead(const uint16_t* block, int64_t columns, int64_t panel) {
+    const int64_t share = kKeys * columns * static_cast<int64_t>(sizeof(uint16_t)) / kPanels;
+    const char* first = reinterpret_cast<const char*>(block) + panel * share;
+    return {first, first + share};
   }
 
   // The weights of the group's heads join the sums or, with the last group, are written. A map of all heads has groups
@@ -359,10 +310,9 @@ struct AmxSoftmaxWeights {
           store(task.factors + i, correction * load(task.factor + slot * kTaskRows + lane) * share);
         }
         const int64_t key = block * kKeys, keys = smaller(kKeys, p.key_length - key), at = place(panel, block);
-        const PairedHeads<Stored> group{heads, task.pairs + kPieces * at, head_pairs, task.factors};
+        const PairedHeads group{heads, task.pairs + at, head_pairs, task.factors};
         if (last) {
-          char* columns = element(outputs.weights, task.batch, map_head, task.row + offset) +
-                          key * static_cast<int64_t>(sizeof(Stored));
+          char* columns = element(outputs.weights, task.batch, map_head, task.row + offset) + key * 2;
           write_heads(group, keys, first ? nullptr : task.sums + at, outputs.weights, columns, panel_rows(task, panel));
         } else if (first) {
           add_heads<true>(group, round_up(keys, kTileDepth), task.sums + at);
@@ -374,14 +324,12 @@ struct AmxSoftmaxWeights {
   }
 };
 
-// False where a number is infinite (operands.h): weights are then undefined.
-template <class Stored>
-bool softmax_weights(const AttentionProblem& problem, const SoftmaxOutputs& outputs, const Parallel& parallel) {
+TA_INLINE void softmax_weights(const AttentionProblem& problem, const SoftmaxOutputs& outputs,
+                               const Parallel& parallel) {
   Scratch scratch;
-  const typename AmxPanel<Stored>::Shared shared(problem, outputs.out.defined(), parallel, scratch);
-  const AmxSoftmaxWeights<Stored> kernel(problem, outputs, shared);
+  const AmxPanel<BFloat16>::Shared shared(problem, outputs.out.defined(), parallel, scratch);
+  const AmxSoftmaxWeights kernel(problem, outputs, shared);
   for_each_item(parallel, kernel.items(), [&](int64_t item, Scratch& memory) { kernel.run(item, memory); });
-  return !shared.infinite;
 }
 
 }  // namespace torch_attn::cpu::TORCH_ATTN_ISA

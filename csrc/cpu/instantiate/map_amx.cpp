@@ -1,4 +1,4 @@
-// bfloat16 weights on AMX; the other kernels of attention maps are those of AVX-512. CMakeLists.txt gives this file
+// Weights on AMX; the other kernels of attention maps are those of AVX-512. CMakeLists.txt gives this file
 // its compiler flags.
 #define TORCH_ATTN_ISA amx
 #include "../bfloat16/map_kernels.h"
