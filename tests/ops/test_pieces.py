@@ -1,5 +1,5 @@
-"""float32 and float16 as sums of bfloat16 numbers (csrc/cpu/bfloat16/pieces.h): as exact as products of float32, also at
-the ends of its range, and by themselves only where calls are long enough."""
+"""float32 and float16 as sums of bfloat16 numbers (csrc/cpu/bfloat16/pieces.h): as exact as products of float32, also
+at the ends of its range, and by themselves only where calls are long enough."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def test_error_is_not_above_that_of_torchs_kernel(
     dtype: torch.dtype, factor: float, shape: tuple[int, int, int, int], is_causal: bool
 ) -> None:
     rows, keys, head_dim, value_dim = shape
-    inputs = tuple(torch.randn(1, 2, n, d).to(dtype) for n, d in ((rows, head_dim), (keys, head_dim), (keys, value_dim)))
+    sizes = ((rows, head_dim), (keys, head_dim), (keys, value_dim))
+    inputs = tuple(torch.randn(1, 2, *size).to(dtype) for size in sizes)
     grad = torch.randn(1, 2, rows, value_dim).to(dtype)
     exact = gradients(
         F.scaled_dot_product_attention, tuple(x.double() for x in inputs), grad.double(), is_causal=is_causal
