@@ -1,4 +1,5 @@
-// bfloat16, float32 and float16 on AMX; everything else runs the AVX-512 kernels. CMakeLists.txt gives this file its compiler flags.
+// bfloat16, float32 and float16 on AMX; everything else runs the AVX-512 kernels. CMakeLists.txt gives this file its
+// compiler flags.
 #define TORCH_ATTN_ISA amx
 #include "../bfloat16/kernels.h"
 
