@@ -1,4 +1,6 @@
 // Shapes, dtypes and layouts without data: what torch.compile, torch.export and FakeTensor ask for.
+#include <ATen/ops/empty_like.h>
+
 #include "ops/check.h"
 #include "ops/operators.h"
 #include "ops/outputs.h"
