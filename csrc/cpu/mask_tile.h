@@ -184,17 +184,22 @@ struct Quarters {
     out[2] = _mm512_shuffle_ps(high01, high23, 0x44);
     out[3] = _mm512_shuffle_ps(high01, high23, 0xEE);
   }
+
+  // Calls visit(number, column) for each column.
+  template <class Visit>
+  TA_INLINE void for_each_column(const Visit& visit) const {
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) {
+      Vec<float> four[4];
+      columns(c, four);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) visit(4 * c + i, four[i]);
+    }
+  }
 };
 
 TA_INLINE void load_transposed_words(Vec<float> (&tile)[16], const char* first, int64_t row_stride) {
-  const Quarters quarters(first, row_stride);
-#pragma GCC unroll 4
-  for (int c = 0; c < 4; ++c) {
-    Vec<float> columns[4];
-    quarters.columns(c, columns);
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) tile[4 * c + i] = columns[i];
-  }
+  Quarters(first, row_stride).for_each_column([&](int i, Vec<float> column) TA_INLINE_LAMBDA { tile[i] = column; });
 }
 
 template <>

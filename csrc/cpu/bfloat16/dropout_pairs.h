@@ -27,7 +27,7 @@ class DropoutPairs {
 
   template <int kSlot, int kSlots>
   TA_INLINE void slot() {
-    if constexpr (kSlot * kParts / kSlots < (kSlot + 1) * kParts / kSlots) {
+    if constexpr (parts_before(kSlot, kSlots, kParts) < parts_before(kSlot + 1, kSlots, kParts)) {
       if (done_ < count_) add_group();
     }
   }

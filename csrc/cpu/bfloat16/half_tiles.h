@@ -95,7 +95,7 @@ class PlainHalfTiles {
   template <int kSlot, int kSlots>
   TA_INLINE void slot() {
     static_assert(kParts <= kSlots);
-    if constexpr (kSlot * kParts / kSlots < (kSlot + 1) * kParts / kSlots) {
+    if constexpr (parts_before(kSlot, kSlots, kParts) < parts_before(kSlot + 1, kSlots, kParts)) {
       if (next_ < end_) add_pair();
     }
   }

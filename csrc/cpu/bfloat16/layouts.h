@@ -34,6 +34,9 @@ struct TileOperand {
   }
 };
 
+// What is done beside a tile product, in so many parts a step, comes in its slots: how many parts are done before one.
+constexpr int parts_before(int slot, int slots, int parts) { return slot * parts / slots; }
+
 // What is done beside a tile product: nothing.
 struct NothingBeside {
   template <int kSlot, int kSlots>

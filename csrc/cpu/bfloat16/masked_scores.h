@@ -26,23 +26,16 @@ TA_INLINE void split_pairs(Float16, Vec<float> pairs, Vec<float>& even, Vec<floa
 // Calls visit(key, its 16 rows' numbers) for 64 bytes of 16 rows.
 template <class Stored, class Visit>
 TA_INLINE void visit_square(const char* first, int64_t row_stride, const Visit& visit) {
-  const Quarters quarters(first, row_stride);
-#pragma GCC unroll 4
-  for (int c = 0; c < 4; ++c) {
-    Vec<float> columns[4];
-    quarters.columns(c, columns);
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (sizeof(Stored) == 4) {
-        visit(4 * c + i, columns[i]);
-      } else {
-        Vec<float> even, odd;
-        split_pairs(Stored{}, columns[i], even, odd);
-        visit(8 * c + 2 * i, even);
-        visit(8 * c + 2 * i + 1, odd);
-      }
+  Quarters(first, row_stride).for_each_column([&](int i, Vec<float> column) TA_INLINE_LAMBDA {
+    if constexpr (sizeof(Stored) == 4) {
+      visit(i, column);
+    } else {
+      Vec<float> even, odd;
+      split_pairs(Stored{}, column, even, odd);
+      visit(2 * i, even);
+      visit(2 * i + 1, odd);
     }
-  }
+  });
 }
 
 // Scores, divided by factor, become scores with a floating mask, whose element for the panel's first row and key begin

@@ -64,7 +64,7 @@ class SoftmaxPairs {
 
   template <int kSlot, int kSlots>
   TA_INLINE void slot() {
-    add_parts<kSlot * kParts / kSlots, (kSlot + 1) * kParts / kSlots>();
+    add_parts<parts_before(kSlot, kSlots, kParts), parts_before(kSlot + 1, kSlots, kParts)>();
   }
   TA_INLINE void finish(const float* rescale, float* sum) {
     while (done_ < count_) add_parts<0, kAmxVectors>();

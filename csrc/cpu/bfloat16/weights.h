@@ -55,24 +55,18 @@ struct AmxPanel {
         const int64_t key = item % blocks * kKeys, kv_head = item / blocks % p.kv_heads;
         const int64_t batch = item / blocks / p.kv_heads, count = smaller(kKeys, p.key_length - key);
         uint16_t* copy = keys + item * kPieces * kKeys * key_columns;
-        uint16_t* columns = with_output ? values + item * kPieces * kKeys * value_columns : nullptr;
         if constexpr (kPieces > 1) {
-          SplitSource<Stored>(p.key, batch, kv_head, key, count, p.head_dim, kKeys, key_columns, copy, &infinite)
-              .by_rows();
-          if (!with_output) return;
-          SplitSource<Stored>(p.value, batch, kv_head, key, count, p.value_dim, kKeys, value_columns, nullptr,
-                              &infinite)
-              .by_columns(columns, nullptr);
-          return;
+          Source<Stored>(p.key, batch, kv_head, key, count, p.head_dim, kKeys, key_columns, copy, &infinite).by_rows();
+        } else {
+          const HalfRows rows = half_rows(p.key, batch, kv_head, key, count, p.head_dim, kKeys, key_columns, copy);
+          for (int64_t i = 0; rows.data != copy && i < kKeys; ++i)
+            __builtin_memcpy(copy + i * key_columns, rows.data + i * rows.stride, key_columns * sizeof(uint16_t));
         }
-        const HalfRows key_rows = half_rows(p.key, batch, kv_head, key, count, p.head_dim, kKeys, key_columns, copy);
-        for (int64_t i = 0; key_rows.data != copy && i < kKeys; ++i)
-          __builtin_memcpy(copy + i * key_columns, key_rows.data + i * key_rows.stride, key_columns * sizeof(uint16_t));
         if (!with_output) return;
-        auto* rows = memory.take<uint16_t>(kKeys * value_columns);
+        auto* rows = memory.take<uint16_t>(kPieces * kKeys * value_columns);
         auto* pairs = memory.take<uint16_t>(kKeys * value_columns);
-        const HalfRows in = half_rows(p.value, batch, kv_head, key, count, p.value_dim, kKeys, value_columns, rows);
-        transpose_rows(columns, in, kKeys, value_columns, pairs);
+        Source<Stored>(p.value, batch, kv_head, key, count, p.value_dim, kKeys, value_columns, rows, &infinite)
+            .by_columns(values + item * kPieces * kKeys * value_columns, pairs);
       });
     }
     int64_t block(const AttentionProblem& p, int64_t batch, int64_t head, int64_t key) const {
