@@ -53,6 +53,7 @@ struct Operands {
   float *scores, *gradients, *row_values;  // a panel's
   uint16_t* weight_pairs;
   HalfTiles half;
+  mutable WaitingSums waiting;
 
   explicit Operands(int64_t head_dim) : dim(head_dim) {
     for (uint16_t** x : {&keys, &values, &transposed}) *x = memory.take<uint16_t>(kPieces * kBlock * dim);
@@ -83,11 +84,12 @@ struct Operands {
     return {pairs, kAmxLanes * 4, kTileDepth / 2 * kAmxLanes * 4, kAmxKeys * kAmxLanes * 2};
   }
   void dots(const TileOperand& rows, const TileOperand& panel, float* to) const {
-    tile_product<false, kDots<Stored>>(kBlock / kTileSide, kAmxVectors, dim / kTileDepth, rows, panel, to, kAmxLanes);
+    tile_product<false, kDots<Stored>>(kBlock / kTileSide, kAmxVectors, dim / kTileDepth, rows, panel, to, kAmxLanes,
+                                       waiting);
   }
   void sums_over_keys(const uint16_t* block, const uint16_t* pairs, int64_t index) const {
     tile_product<true, kSums<Stored>>(dim / kTileSide, kAmxVectors, kBlock / kTileDepth, key_columns(block),
-                                      pairs_of_keys(pairs), out + index * kAmxLanes * dim, kAmxLanes);
+                                      pairs_of_keys(pairs), out + index * kAmxLanes * dim, kAmxLanes, waiting);
   }
   void sums_over_rows(const uint16_t* tiles, const uint16_t* row_pairs, int64_t first, float* sums) const {
     for (int64_t key = 0; key < kBlock; key += kTileDepth) {
@@ -95,7 +97,7 @@ struct Operands {
           kTileDepth / kTileSide, dim / kTileSide, kGroup,
           {tiles + key * kAmxLanes, kAmxLanes * 2, kBlock * kAmxLanes * 2, half.piece_stride * 2},
           {row_pairs + first * kAmxLanes * dim, dim * 4, kTileDepth / 2 * dim * 4, kRows * dim * 2}, sums + key * dim,
-          dim);
+          dim, waiting);
     }
   }
 };

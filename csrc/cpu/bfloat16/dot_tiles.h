@@ -11,6 +11,11 @@ struct TileSession {
   TA_INLINE TileSession() {}
 };
 
+// Products here leave nothing waiting.
+struct WaitingSums {
+  TA_INLINE void flush() const {}
+};
+
 // kRows × kVectors vectors of C, from row m and tile column n of c on. The product starts from zero: adding it to c at
 // the end keeps rounding errors of long sums small.
 template <int kRows, int kVectors, bool kAccumulate>
@@ -50,7 +55,7 @@ TA_INLINE void dot_block(int64_t steps, const TileOperand& a, int64_t m, const T
 // c = a · b, or c += a · b, for m_tiles × n_tiles tiles of c and a sum over `steps` tile depths.
 template <bool kAccumulate, PieceProducts kProducts = kOneProduct>
 TA_NOINLINE void tile_product(int64_t m_tiles, int64_t n_tiles, int64_t steps, TileOperand a, TileOperand b, float* c,
-                              int64_t c_stride) {
+                              int64_t c_stride, const WaitingSums& = {}) {
   static_assert(kProducts.pieces == 1, "several products at this rate would be slower than float32's own");
   // With the same, 12 × 2 vectors are up to 8 % slower, 4 × 4 up to 15 %.
   constexpr int kRows = 8;
@@ -68,7 +73,7 @@ constexpr bool kCallsBeside = false;
 // The product leaves no unit idle: what could be done beside it is left to whoever calls.
 template <bool kAccumulate, PieceProducts kProducts, class Beside>
 TA_INLINE void tile_product_beside(int64_t m_tiles, int64_t n_tiles, int64_t steps, TileOperand a, TileOperand b,
-                                   float* c, int64_t c_stride, Beside&) {
+                                   float* c, int64_t c_stride, const WaitingSums&, Beside&) {
   tile_product<kAccumulate, kProducts>(m_tiles, n_tiles, steps, a, b, c, c_stride);
 }
 

@@ -29,12 +29,12 @@ class AskBeside {
 
   template <bool kAccumulate, PieceProducts kProducts>
   TA_NOINLINE void product(int64_t m_tiles, int64_t n_tiles, int64_t steps, TileOperand a, TileOperand b, float* c,
-                           int64_t c_stride) {
+                           int64_t c_stride, WaitingSums& waiting) {
     if (portions(m_tiles, n_tiles, steps) > 1) {
-      tile_product_beside<kAccumulate, kProducts>(m_tiles, n_tiles, steps, a, b, c, c_stride, *this);
+      tile_product_beside<kAccumulate, kProducts>(m_tiles, n_tiles, steps, a, b, c, c_stride, waiting, *this);
     } else {
       ask();
-      tile_product<kAccumulate, kProducts>(m_tiles, n_tiles, steps, a, b, c, c_stride);
+      tile_product<kAccumulate, kProducts>(m_tiles, n_tiles, steps, a, b, c, c_stride, waiting);
     }
   }
   // How many portions a product asks for.
@@ -97,6 +97,7 @@ struct AmxForward {
     float *bias, *staging;                         // one tile: [key][lane]
     const PhiloxPanel* philox;
     uint16_t* weights;  // a B operand
+    WaitingSums* sums;
   };
 
   // A block of keys as A operands: keys by rows, values transposed.
@@ -147,6 +148,8 @@ struct AmxForward {
     block.bias = scratch.take<float>(stage.mask ? tile : 0);
     block.staging = scratch.take<float>(stage.mask ? tile : 0);
     block.weights = scratch.take<uint16_t>(kPieces * tile);
+    WaitingSums sums;
+    block.sums = &sums;
     auto* value_scratch = scratch.take<uint16_t>(kPieces * kAmxKeys * packed_values);
     auto* value_pairs = scratch.take<uint16_t>(kAmxKeys * packed_values);
     const int64_t key_block_size = amx_key_block<Stored>(p);
@@ -267,7 +270,8 @@ struct AmxForward {
       multiply.template operator()<4>();
     }
     ask.ask();
-    if (waiting != nullptr) multiply_values(block, *waiting, ask);
+    // Values' product stores the last scores.
+    waiting != nullptr ? multiply_values(block, *waiting, ask) : block.sums->flush();
 
     float *maximum = block.maximum + tile.offset, *old_maximum = block.old_maximum + tile.offset;
     __builtin_memcpy(old_maximum, maximum, kAmxLanes * sizeof(float));
@@ -305,11 +309,11 @@ struct AmxForward {
                                     tile.kept + begin / 2);
       BothBeside both{drop, softmax};
       tile_product_beside<false, kDots<Stored>>(m_tiles, kAmxVectors, steps, key_operand, query_operand, scores,
-                                                kAmxLanes, both);
+                                                kAmxLanes, *block.sums, both);
       drop.finish();
     } else {
       tile_product_beside<false, kDots<Stored>>(m_tiles, kAmxVectors, steps, key_operand, query_operand, scores,
-                                                kAmxLanes, softmax);
+                                                kAmxLanes, *block.sums, softmax);
     }
     if (waiting != nullptr) softmax.finish(block.rescale + waiting->offset, block.sum + waiting->offset);
   }
@@ -322,6 +326,7 @@ struct AmxForward {
 
   // Finishes a panel that waits.
   TA_NOINLINE void add_values(const Block& block, const Tile& tile) const {
+    block.sums->flush();
     const auto weigh = [&]<bool kDropout>() TA_INLINE_LAMBDA {
       softmax_of<kDropout, 0>(block, tile).finish(block.rescale + tile.offset, block.sum + tile.offset);
     };
@@ -329,6 +334,7 @@ struct AmxForward {
     RowsAhead nothing;
     AskBeside<Stored> ask(nothing);
     multiply_values(block, tile, ask);
+    block.sums->flush();
   }
 
   int64_t value_portions(const Tile& tile) const {
@@ -350,7 +356,7 @@ struct AmxForward {
                                      kAmxKeys * kAmxLanes * 2};
     ask.template product<true, kSums<Stored>>(value_dim / kTileSide, kAmxVectors,
                                               (tile.span.end - tile.span.begin) / kTileDepth, value_operand,
-                                              weight_operand, out, kAmxLanes);
+                                              weight_operand, out, kAmxLanes, *block.sums);
   }
 
   void finish(const Block& block, Scratch& scratch) const {

@@ -88,6 +88,7 @@ struct AmxWalk {
   int64_t head_dim, value_dim, query_columns;
   float *key_sums, *value_sums;
   TileSession session;
+  mutable WaitingSums sums;
   GradientTile<float> tile;
   int64_t key_block_size, panel_size;  // panel_size: of a panel's tile
   HalfTiles half_tiles;                // of a group of panels: [panel][key][lane]
@@ -205,6 +206,7 @@ struct AmxWalk {
       sum_over_rows(block, first, panels, spans, keys, half_tiles.gradients, block.query_pairs, head_dim,
                     plan.key_columns, key_sums);
     }
+    sums.flush();
   }
 
   // Whether nothing but the mask and the band changes scores, so that PlainHalfTiles will do.
@@ -260,6 +262,7 @@ struct AmxWalk {
       if (waiting != nullptr) add_gradients(block, *waiting, stage, keys, slope_gradient, ask);
       NothingBeside nothing;
       multiply(block, now, keys, nothing);
+      sums.flush();
     }
     now.factor = stage.dot_factor();
     ask.ask();
@@ -291,7 +294,7 @@ struct AmxWalk {
                               block.all_rows * dim * 2};
       tile_product_beside<false, kDots<Stored>>((now.span.end - now.span.begin) / kTileSide, kAmxVectors,
                                                 dim / kTileDepth, rows.from_row(now.span.begin), panel,
-                                                out + now.span.begin * kAmxLanes, kAmxLanes, beside);
+                                                out + now.span.begin * kAmxLanes, kAmxLanes, sums, beside);
     }
   }
   template <bool kDropout, int kParts>
@@ -340,20 +343,21 @@ struct AmxWalk {
     return AskBeside<Stored>::portions(query_columns / kTileSide, kAmxVectors,
                                        (from.span.end - from.span.begin) / kTileDepth);
   }
+  // Nothing but grad_query's last tiles waits afterwards.
   void add_grad_query(const Tile& from, const KeyBlock& keys, AskBeside<Stored>& ask) const {
-    if (!plan.needs_query) return;
+    if (!plan.needs_query) return sums.flush();
     const TileOperand pairs{from.half.pairs, kAmxLanes * 4, kTileDepth / 2 * kAmxLanes * 4,
                             HalfTiles::kPairsPieceStride * 2};
     ask.template product<true, kSums<Stored>>(
         query_columns / kTileSide, kAmxVectors, (from.span.end - from.span.begin) / kTileDepth,
-        keys.key_columns.from_depth(from.span.begin), pairs, grad_query + from.offset * query_columns, kAmxLanes);
+        keys.key_columns.from_depth(from.span.begin), pairs, grad_query + from.offset * query_columns, kAmxLanes, sums);
   }
 
-  // sums[key][column] += Σ_row tiles[key][row] · rows[row][column] over a group of panels, for each 32 keys over those
+  // to[key][column] += Σ_row tiles[key][row] · rows[row][column] over a group of panels, for each 32 keys over those
   // that attend them.
   void sum_over_rows(const Block& block, int64_t first_panel, int64_t panels, const KeySpan* spans,
                      const KeyBlock& keys, const uint16_t* tiles, const uint16_t* row_pairs, int64_t row_columns,
-                     int64_t columns, float* sums) const {
+                     int64_t columns, float* to) const {
     for (int64_t key = 0; key < keys.all_keys; key += kTileDepth) {
       int64_t first = 0, last = panels;
       const auto attends = [&](const KeySpan& span) { return span.begin <= key && key < span.end; };
@@ -365,7 +369,7 @@ struct AmxWalk {
       const TileOperand row_operand{row_pairs + (first_panel + first) * kAmxLanes * row_columns, row_columns * 4,
                                     kTileDepth / 2 * row_columns * 4, block.all_rows * row_columns * 2};
       tile_product<true, kSums<Stored>>(kTileDepth / kTileSide, columns / kTileSide, last - first, tile_operand,
-                                        row_operand, sums + (keys.key + key) * columns, columns);
+                                        row_operand, to + (keys.key + key) * columns, columns, sums);
     }
   }
 
