@@ -2,6 +2,8 @@
 // attention has them, and what vectors do to a panel's scores. Compiled by benchmarks/bounds.py. Every function does
 // its part for `rounds` times kRows query rows and kKeys keys of one head.
 #define TORCH_ATTN_ISA amx
+#include <bit>
+#include <chrono>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -16,7 +18,8 @@ namespace {
 
 constexpr int64_t kRows = 512, kKeys = 2048, kBlock = 64, kPanels = kRows / kAmxLanes, kGroup = 8;
 
-// Arrays of ones, one behind the other, as the kernels' scratch memory has them.
+// Arrays one behind the other, as the kernels' scratch memory has them. Their numbers are between ½ and 2 of both
+// signs: with zeros the clock would fall less.
 class Memory {
  public:
   Memory() : data_(static_cast<char*>(std::aligned_alloc(kPage, kSize))) {
@@ -27,17 +30,29 @@ class Memory {
     T* begin = reinterpret_cast<T*>(data_.get() + used_);
     used_ += round_up(count * int64_t{sizeof(T)}, 64);
     if (used_ > kSize) throw std::bad_alloc();
-    for (int64_t i = 0; i < count; ++i) begin[i] = sizeof(T) == 2 ? static_cast<T>(0x3F80) : static_cast<T>(1);
+    for (int64_t i = 0; i < count; ++i) {
+      if constexpr (sizeof(T) == 2) {
+        begin[i] = random_half();
+      } else {
+        begin[i] = std::bit_cast<float>(uint32_t{random_half()} << 16);
+      }
+    }
     return begin;
   }
 
  private:
+  uint16_t random_half() {
+    state_ = state_ * 1664525 + 1013904223;
+    return static_cast<uint16_t>(0x3F00 | (state_ >> 24) | (state_ >> 8 & 0x8000));
+  }
+
   struct Free {
     void operator()(char* data) const { std::free(data); }
   };
   static constexpr int64_t kPage = int64_t{1} << 21, kSize = 32 * kPage;
   std::unique_ptr<char, Free> data_;
   int64_t used_ = 0;
+  uint32_t state_ = 1;
 };
 
 // The operands of a block of rows and all keys of a head.
@@ -174,20 +189,76 @@ extern "C" void attention_part(int pieces, int part, int64_t dim, int64_t rounds
 }
 extern "C" int64_t scores_a_round() { return kRows * kKeys; }
 
-// Multiplications of tiles that wait for nothing: `rounds` times four.
-extern "C" void multiply_in_registers(int64_t rounds) {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+double nanoseconds_since(Clock::time_point start) {
+  return std::chrono::duration<double, std::nano>(Clock::now() - start).count();
+}
+
+// What takes 3 · kMultiplications cycles whatever else the core has to do: each waits for the one before.
+constexpr int64_t kMultiplications = 1000;
+void multiply_in_turn() {
+  uint64_t x = 1;
+  for (int64_t i = 0; i < kMultiplications; ++i) asm volatile("imul %0, %0" : "+r"(x));
+}
+
+template <bool kTiles, int kVectors>
+void multiply_beside_vectors(int64_t rounds, double* nanoseconds, double* gigahertz) {
   const TileSession session;
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  _tile_zero(4);
-  _tile_zero(5);
-  _tile_zero(6);
-  for (int64_t i = 0; i < rounds; ++i) {
-    _tile_dpbf16ps(0, 4, 5);
-    _tile_dpbf16ps(1, 4, 6);
-    _tile_dpbf16ps(2, 4, 5);
-    _tile_dpbf16ps(3, 4, 6);
+  Memory memory;
+  const uint16_t* numbers = memory.take<uint16_t>(4 * kTileSide * kTileDepth);
+  clear_sums<0>(), clear_sums<1>(), clear_sums<2>(), clear_sums<3>();
+  Vec<float> x[8];
+#pragma GCC unroll 8
+  for (auto& each : x) each = splat(0.5f);
+  const auto vectors = [&]() TA_INLINE_LAMBDA {
+#pragma GCC unroll 64
+    for (int i = 0; i < kVectors; ++i) {
+      x[i % 8] = x[i % 8] * 0.5f + 0.25f;
+      asm volatile("" : "+v"(x[i % 8]));
+    }
+  };
+  constexpr int64_t kBetween = 1000;
+  double busy = 0, in_turn = 0;
+  for (int64_t round = 0; round < rounds; ++round) {
+    auto start = Clock::now();
+    for (int64_t i = 0; i < kBetween; ++i) {
+      if constexpr (kTiles) {
+        _tile_loadd(4, numbers, 64);
+        _tile_loadd(6, numbers + 512, 64);
+        _tile_dpbf16ps(0, 4, 6);
+      }
+      vectors();
+      if constexpr (kTiles) {
+        _tile_loadd(7, numbers + 1024, 64);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+      vectors();
+      if constexpr (kTiles) {
+        _tile_loadd(5, numbers + 1536, 64);
+        _tile_dpbf16ps(2, 5, 6);
+      }
+      vectors();
+      if constexpr (kTiles) _tile_dpbf16ps(3, 5, 7);
+      vectors();
+    }
+    busy += nanoseconds_since(start);
+    start = Clock::now();
+    multiply_in_turn();
+    in_turn += nanoseconds_since(start);
   }
+  *nanoseconds = busy / static_cast<double>(4 * kBetween * rounds);
+  *gigahertz = static_cast<double>(3 * kMultiplications * rounds) / in_turn;
+}
+
+}  // namespace
+
+// How long a multiplication of tiles, its operands in the L1 cache, takes with so many multiply-adds of vectors beside
+// it (0, 8, 16, 24 or 32), and the core's clock meanwhile. With -32: 32 multiply-adds without tiles.
+extern "C" void multiply_beside(int vectors, int64_t rounds, double* nanoseconds, double* gigahertz) {
+  constexpr void (*kLoops[])(int64_t, double*, double*) = {
+      multiply_beside_vectors<true, 0>, multiply_beside_vectors<true, 8>, multiply_beside_vectors<true, 16>,
+      multiply_beside_vectors<true, 24>, multiply_beside_vectors<true, 32>};
+  (vectors < 0 ? multiply_beside_vectors<false, 32> : kLoops[vectors / 8])(rounds, nanoseconds, gigahertz);
 }

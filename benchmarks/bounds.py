@@ -4,11 +4,11 @@
 
 Times are of one thread, in nanoseconds for 16 scores (a vector of float32), of B1 H8 L2048 full attention:
 
-- "registers": the multiplications of tiles, as if no operand had to be loaded;
-- "products": the kernels' own tile products, operands and sums in the caches as attention has them;
-- "vectors": maximum, exponentials, gradients of scores, splitting and rounding, with all operands in the L1 cache;
-- "at most": how many times as fast as SDPA a kernel of these products could be, if everything else took no time but
-  what vectors need more than products.
+- "tiles": the multiplications of tiles, operands in the L1 cache, at the clock that they leave the core;
+- "vectors": maximum, exponentials, gradients of scores, splitting and rounding, alone, operands in the L1 cache;
+- "ports": what both need of a core's two ports for vectors, of which a multiplication of tiles takes one for 16 cycles;
+  vectors at the clock of tiles. Nothing can be faster; "at most" is how many times as fast as SDPA that is;
+- "products": the kernels' own tile products, with their operands and sums in the caches as attention has them.
 """
 
 from __future__ import annotations
@@ -49,20 +49,50 @@ class Bound:
     dtype: str
     head_dim: int
     mode: str
-    registers: float
-    products: float
+    tiles: float
     vectors: float
+    ports: float
+    products: float
     ours: float
     torch: float
     speedup: float
     at_most: float
 
     def __str__(self) -> str:
-        times = f"registers {self.registers:5.1f}, products {self.products:5.1f}, vectors {self.vectors:4.1f}"
+        alone = f"tiles {self.tiles:5.1f}, vectors {self.vectors:4.1f}, products {self.products:5.1f}"
+        times = f"{alone}, on the ports {self.ports:5.1f}"
         whole = (
             f"attention {self.ours:5.1f}, SDPA {self.torch:5.1f}: {self.speedup:.2f}x of at most {self.at_most:.1f}x"
         )
         return f"{self.dtype:9} D{self.head_dim:<4} {self.mode:17} ns per 16 scores: {times}; {whole}"
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A multiplication of tiles and multiply-adds of vectors at the same time."""
+
+    vectors: int
+    nanoseconds: float
+    gigahertz: float
+
+    def __str__(self) -> str:
+        cycles = (
+            f"{self.nanoseconds:.2f} ns, {self.nanoseconds * self.gigahertz:.1f} cycles of {self.gigahertz:.2f} GHz"
+        )
+        return f"a multiplication of tiles with {self.vectors:2} multiply-adds of vectors beside it: {cycles}"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Of one pass, in ns for LANES scores."""
+
+    tiles: float
+    vectors: float
+    products: float
+
+    def ports(self, slower: float) -> float:
+        """slower: how many times as long vectors take at the clock of tiles."""
+        return max(self.tiles, self.tiles / 2 + self.vectors * slower)
 
 
 @cache
@@ -73,7 +103,7 @@ def library() -> ctypes.CDLL:
     lib = ctypes.CDLL(str(out))
     lib.attention_part.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
     lib.scores_a_round.restype = ctypes.c_int64
-    lib.multiply_in_registers.argtypes = [ctypes.c_int64]
+    lib.multiply_beside.argtypes = [ctypes.c_int, ctypes.c_int64, *[ctypes.POINTER(ctypes.c_double)] * 2]
     return lib
 
 
@@ -83,6 +113,16 @@ def seconds_a_round(call: Callable[[int], object], rounds: int) -> float:
     return (often - once) / rounds
 
 
+def beside(vectors: int) -> Beside:
+    def measure() -> tuple[float, float]:
+        results = [ctypes.c_double(), ctypes.c_double()]
+        library().multiply_beside(vectors, 100, *results)
+        return results[0].value, results[1].value
+
+    nanoseconds, gigahertz = zip(*(measure() for _ in range(7)), strict=True)  # wall time, which others may disturb
+    return Beside(vectors, min(nanoseconds), max(gigahertz))
+
+
 def part(dtype: str, number: int, head_dim: int) -> float:
     """In ns for LANES scores."""
     lib = library()
@@ -90,28 +130,24 @@ def part(dtype: str, number: int, head_dim: int) -> float:
     return 1e9 * seconds / lib.scores_a_round() * LANES
 
 
-def bounds(dtype: str, head_dim: int, multiplication: float, seconds: float) -> list[Bound]:
-    """multiplication: seconds that one of two tiles takes."""
-    forward, backward = (
-        (part(dtype, i, head_dim), part(dtype, i + 2, head_dim)) for i in range(2)
-    )  # (products, vectors)
+def bounds(dtype: str, head_dim: int, tiles: Beside, vectors: Beside, seconds: float) -> list[Bound]:
+    """tiles, vectors: what each does alone."""
     case = Case("bound", 1, 8, LENGTH, LENGTH, head_dim)
     inputs = list(case.inputs(getattr(torch, dtype)))
     direction = torch.randn_like(inputs[0])
-    products = 1e9 * multiplication * 2 * head_dim * LANES / TILE_OPERATIONS  # of a pair of matrices, one in each
-    dots, sums = products * DOTS[dtype], products * SUMS[dtype]
+    product = tiles.nanoseconds * 2 * head_dim * LANES / TILE_OPERATIONS  # of two matrices of one piece, LANES of it
+    dots, sums = product * DOTS[dtype], product * SUMS[dtype]
+    forward = Parts(dots + sums, part(dtype, 2, head_dim), part(dtype, 0, head_dim))
+    backward = Parts(2 * dots + 3 * sums, part(dtype, 3, head_dim), part(dtype, 1, head_dim))
     rows = []
-    for mode, passes, registers in (
-        ("forward", [forward], dots + sums),
-        ("forward+backward", [forward, backward], 3 * dots + 4 * sums),
-    ):
+    for mode, passes in (("forward", [forward]), ("forward+backward", [forward, backward])):
         calls = [as_call(f, inputs, direction, {}, mode) for f in (attention, sdpa)]
         timing = interleave(calls, seconds)
         ours, torchs = (1e9 * timing.best(i) / (8 * LENGTH**2) * LANES for i in range(2))
-        least = sum(max(parts) for parts in passes)
-        sums_of_parts = [sum(x) for x in zip(*passes, strict=True)]
+        ports = sum(each.ports(vectors.gigahertz / tiles.gigahertz) for each in passes)
+        totals = [sum(getattr(each, name) for each in passes) for name in ("tiles", "vectors", "products")]
         speedup = timing.speedup()[0]
-        rows.append(Bound(dtype, head_dim, mode, registers, *sums_of_parts, ours, torchs, speedup, torchs / least))
+        rows.append(Bound(dtype, head_dim, mode, *totals[:2], ports, totals[2], ours, torchs, speedup, torchs / ports))
     return rows
 
 
@@ -125,17 +161,23 @@ def main() -> None:
     if torch.ops.torch_attn.cpu_isa() != "amx":
         parser.error(f"these are the parts of AMX's kernels; here {torch.ops.torch_attn.cpu_isa()} runs")
     torch.set_num_threads(1)
-    multiplication = seconds_a_round(library().multiply_in_registers, 100_000) / 4
-    print(f"tiles: {1e-9 * TILE_OPERATIONS / multiplication:.0f} GFLOP/s of bfloat16 in registers", flush=True)
+    shared = [beside(vectors) for vectors in (0, 8, 16, 24, 32)]
+    alone = beside(-32)
+    print(*shared, f"without tiles the clock is {alone.gigahertz:.2f} GHz", sep="\n", flush=True)
     rows = []
     for dtype in args.dtype:
         for head_dim in args.head_dim:
-            for row in bounds(dtype, head_dim, multiplication, args.seconds):
+            for row in bounds(dtype, head_dim, shared[0], alone, args.seconds):
                 rows.append(row)
                 print(row, flush=True)
     if args.name:
         machine = report.machine() | {"command": "python -m benchmarks.bounds " + " ".join(sys.argv[1:])}
-        document = {"machine": machine, "results": [asdict(r) for r in rows]}
+        document = {
+            "machine": machine,
+            "vectors_beside_tiles": [asdict(x) for x in shared],
+            "gigahertz_without_tiles": alone.gigahertz,
+            "results": [asdict(r) for r in rows],
+        }
         path = Path(__file__).parent / "results" / f"{args.name}.json"
         path.write_text(json.dumps(document, indent=1) + "\n")
 
