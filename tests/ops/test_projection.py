@@ -1,5 +1,5 @@
-"""torch_attn::projection: at::linear, which AMX multiplies in float32 as sums of bfloat16 numbers, and which is at::linear
-bit by bit wherever it does not."""
+"""torch_attn::projection: at::linear, which AMX multiplies in float32 as sums of bfloat16 numbers, and which is
+at::linear bit by bit wherever it does not."""
 
 from __future__ import annotations
 

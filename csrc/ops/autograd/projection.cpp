@@ -16,8 +16,8 @@ class ProjectionFunction : public torch::autograd::Function<ProjectionFunction> 
     const BelowAutograd guard(*transforms);
     context->set_materialize_grads(false);
     context->saved_data["inputs"] = is_defined(a->bias) ? 3 : 2;
-    context->save_for_backward({a->weight.requires_grad() ? a->input : Tensor(),
-                                a->input.requires_grad() ? a->weight : Tensor()});
+    context->save_for_backward(
+        {a->weight.requires_grad() ? a->input : Tensor(), a->input.requires_grad() ? a->weight : Tensor()});
     return {Projection::call(*a)};
   }
 

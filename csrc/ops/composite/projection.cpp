@@ -14,9 +14,10 @@ namespace composite {
 ProjectionGradients projection_backward(const ProjectionBackwardArguments& a) {
   const auto rows_of = [](const Tensor& t) { return t.reshape_symint({-1, t.sym_size(-1)}); };
   const auto& [for_input, for_weight, for_bias] = a.output_mask;
-  TORCH_CHECK(a.grad_out.dim() >= 2 && (!for_input || is_defined(a.weight)) && (!for_weight || is_defined(a.input)),
-              "projection_backward: grad_out must have two dimensions or more; the gradient of input takes weight, that "
-              "of weight takes input.");
+  TORCH_CHECK(
+      a.grad_out.dim() >= 2 && (!for_input || is_defined(a.weight)) && (!for_weight || is_defined(a.input)),
+      "projection_backward: grad_out must have two dimensions or more; the gradient of input takes weight, that "
+      "of weight takes input.");
   return {for_input ? at::matmul(a.grad_out, *a.weight) : no_gradient(a.grad_out),
           for_weight ? at::mm(rows_of(a.grad_out).t(), rows_of(*a.input)) : no_gradient(a.grad_out),
           for_bias ? rows_of(a.grad_out).sum(0) : no_gradient(a.grad_out)};

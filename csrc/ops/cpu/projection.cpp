@@ -96,11 +96,11 @@ ProjectionGradients projection_backward_cpu(const ProjectionBackwardArguments& a
                           nullptr, grad_out);
   }
   // Those that had infinite numbers, and the bias's.
-  const auto others = composite::projection_backward({grad_out,
-                                                      a.input,
-                                                      a.weight,
-                                                      {for_input && !grad_input.defined(),
-                                                       for_weight && !grad_weight.defined(), for_bias}});
+  const auto others = composite::projection_backward(
+      {grad_out,
+       a.input,
+       a.weight,
+       {for_input && !grad_input.defined(), for_weight && !grad_weight.defined(), for_bias}});
   return {grad_input.defined() ? grad_input : std::get<0>(others),
           grad_weight.defined() ? grad_weight : std::get<1>(others), std::get<2>(others)};
 }
