@@ -192,7 +192,7 @@ def project_output(
     """The kernel's output (..., N, H, L, D) to (..., N, L, E), (..., L, N, E) or, without batch, (..., L, E)."""
     # The kernel stores (N, L, H, D): a view when batch_first, and one copy otherwise.
     out = out.transpose(-3, -2) if batch_first else out.movedim(-2, -4)
-    out = F.linear(out.flatten(-2).contiguous(), out_proj_weight, out_proj_bias)
+    out = torch.ops.torch_attn.projection(out.flatten(-2).contiguous(), out_proj_weight, out_proj_bias)
     return out if batched else out.squeeze(-3)
 
 
@@ -302,15 +302,16 @@ def _project_inputs(
         kv_bias: Tensor | None = None
         if bias is not None:
             kv_bias = bias.narrow(0, embed_dim, 2 * embed_dim)
-        q = F.linear(query, q_weight, q_bias).unflatten(-1, [num_heads, -1])
-        k, v = F.linear(key, kv_weight, kv_bias).unflatten(-1, [2, num_heads, -1]).unbind(-3)
+        q = torch.ops.torch_attn.projection(query, q_weight, q_bias).unflatten(-1, [num_heads, -1])
+        kv = torch.ops.torch_attn.projection(key, kv_weight, kv_bias)
+        k, v = kv.unflatten(-1, [2, num_heads, -1]).unbind(-3)
         return q, k, v
     else:
         q_weight, k_weight, v_weight = in_proj_weight.chunk(3)
         q, k, v = (
-            F.linear(query, q_weight, q_bias),
-            F.linear(key, k_weight, k_bias),
-            F.linear(value, v_weight, v_bias),
+            torch.ops.torch_attn.projection(query, q_weight, q_bias),
+            torch.ops.torch_attn.projection(key, k_weight, k_bias),
+            torch.ops.torch_attn.projection(value, v_weight, v_bias),
         )
     heads = [num_heads, -1]
     return q.unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, heads)
@@ -318,7 +319,7 @@ def _project_inputs(
 
 def _project_together(x: Tensor, num_heads: int, in_proj_weight: Tensor, bias: Tensor | None) -> Tensor:
     """(·, ·, 3, H, D): query, key and value of self-attention."""
-    return F.linear(x, in_proj_weight, bias).unflatten(-1, [3, num_heads, -1])
+    return torch.ops.torch_attn.projection(x, in_proj_weight, bias).unflatten(-1, [3, num_heads, -1])
 
 
 def _heads_first(x: Tensor, batch_first: bool) -> Tensor:

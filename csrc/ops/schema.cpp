@@ -71,6 +71,13 @@ TORCH_LIBRARY_FRAGMENT(torch_attn, m) {
              kOptions + ") -> Tensor grad_qkv",
          pure);
 
+  // at::linear, which the module projects with; gradients that output_mask does not ask for are empty.
+  define("projection(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor", pure);
+  define(
+      "projection_backward(Tensor grad_out, Tensor? input, Tensor? weight, bool[3] output_mask) "
+      "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+      pure);
+
   define("varlen_attention(" + kPacked + ") -> Tensor", random);
   define("varlen_attention_with_logsumexp(" + kPacked + ") -> (Tensor out, Tensor logsumexp)", random);
   define("paged_attention(" + kPaged + ") -> Tensor", pure);

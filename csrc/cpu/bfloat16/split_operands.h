@@ -69,8 +69,8 @@ class SplitSource {
     report();
   }
 
+  template <int kApart = kLanesApart<Stored>>
   TA_NOINLINE void row_pairs(uint16_t* out, int64_t piece_stride) {
-    constexpr int kApart = kLanesApart<Stored>;
     for (int64_t i = 0; i < all_rows_; i += 2 * kApart) {
       for (int64_t k = 0; k < kApart; ++k) {
         for (int64_t j = 0; j < all_columns_; j += kLanes<float>) {
