@@ -266,6 +266,7 @@ class MatrixMultiplication {
   // number: how many panels of the block have been multiplied with this column.
   TA_NOINLINE void multiply(int64_t row, int64_t number, const Pair& pair, const Part& part) const {
     alignas(64) float sums[kProductPanel * kProductPanel];
+    WaitingSums waiting;
     const int64_t steps = part.steps, column = pair.column;
     const TileOperand a = part.rows.moved(number * left_.panel_bytes(steps));
     const TileOperand b{pair.pieces, kProductPanel * 4, kSquarePieceBytes, steps * kSquarePieceBytes};
@@ -273,12 +274,13 @@ class MatrixMultiplication {
     const int64_t asked = smaller(number * steps * PiecesAhead::kNextLines, part.depth - 1);
     PiecesAhead ahead(a, b, right_.share(column + 2, part.from, asked), right_.share_stride(), out, p_.columns);
     if (pair.next == nullptr || number >= PanelShare<true>::kShares) {
-      tile_product_beside<false, kSums<float>>(2, 2, steps, a, b, sums, kProductPanel, ahead);
+      tile_product_beside<false, kSums<float>>(2, 2, steps, a, b, sums, kProductPanel, waiting, ahead);
     } else if (right_.along_depth()) {
-      multiply_and_split<true>(number, pair, part, a, b, sums, ahead);
+      multiply_and_split<true>(number, pair, part, a, b, sums, waiting, ahead);
     } else {
-      multiply_and_split<false>(number, pair, part, a, b, sums, ahead);
+      multiply_and_split<false>(number, pair, part, a, b, sums, waiting, ahead);
     }
+    waiting.flush();
     const float* bias = p_.bias == nullptr ? nullptr : p_.bias + column * kProductPanel;
     store_sums(out, left_.count_in(row), right_.count_in(column), sums, part.from > 0 ? out : bias,
                part.from > 0 ? p_.columns : 0);
@@ -286,11 +288,11 @@ class MatrixMultiplication {
 
   template <bool kAlongDepth>
   TA_INLINE void multiply_and_split(int64_t share, const Pair& pair, const Part& part, const TileOperand& a,
-                                    const TileOperand& b, float* sums, PiecesAhead& ahead) const {
+                                    const TileOperand& b, float* sums, WaitingSums& waiting, PiecesAhead& ahead) const {
     PanelShare<kAlongDepth> next(share, right_.first_of(pair.column + 1, part.from), right_.stride(), part.steps,
                                  pair.next);
     BothBeside<PiecesAhead, PanelShare<kAlongDepth>> both{ahead, next};
-    tile_product_beside<false, kSums<float>>(2, 2, part.steps, a, b, sums, kProductPanel, both);
+    tile_product_beside<false, kSums<float>>(2, 2, part.steps, a, b, sums, kProductPanel, waiting, both);
     if (next.found_infinite()) __atomic_store_n(infinite_, true, __ATOMIC_RELAXED);
   }
 
