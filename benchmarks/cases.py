@@ -33,6 +33,7 @@ class Case:
     draw: Callable[[Case, torch.dtype], dict[str, Any]] | None = None
     group: str = "shapes"
     forward_only: bool = False
+    plain: str = ""  # a case without the option that has as many blocks of scores
 
     def visible_share(self) -> float:
         """The share of the (L, S) scores that are computed by a kernel that skips what is masked by position."""
@@ -42,6 +43,17 @@ class Case:
                 self.query_length * self.key_length
             )
         return 0.5 if self.options.get("is_causal") else 1.0
+
+    def touched_share(self, block: int = 32) -> float:
+        """The same in whole blocks of rows and keys: those with a score that counts."""
+        if not self.options.get("is_causal"):
+            return 1.0
+        left = self.options.get("window_left", self.query_length)
+        rows = torch.arange(0, self.query_length, block)
+        first = (rows - left).clamp(min=0) // block
+        last = (rows + block - 1).clamp(max=self.key_length - 1) // block
+        blocks = -(-self.query_length // block) * -(-self.key_length // block)
+        return float((last - first + 1).sum()) / blocks
 
     def flops(self, mode: str) -> float:
         """Multiply-adds count two."""
@@ -146,7 +158,9 @@ CASES = [
         64,
         options={"is_causal": True, "window_left": 1024},
         group="long",
+        plain="B1 H1 Lq16384 Lk1056 D64",
     ),
+    Case("B1 H1 Lq16384 Lk1056 D64", 1, 1, 16384, 1056, 64, group="long"),
     *(
         Case(f"decode B1 H32 Lq{n} Lk4096 D128", 1, 32, n, 4096, 128, group="decode", forward_only=True)
         for n in (1, 4, 8, 16)

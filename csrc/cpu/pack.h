@@ -103,39 +103,47 @@ class RowsAhead {
     }
   }
 
-  Region regions_[3];
+  Region regions_[5];
   int count_ = 0, now_ = 0;
   int64_t rows_ = 0, portion_ = 0;
+};
+
+// Rows of a tensor, of which RowsAhead gets equal shares, one after the other.
+struct RowShares {
+  const char* first = nullptr;
+  int64_t step, bytes, rows = 0;  // from row to row, of a row, and how many
+  int64_t share_size;             // rows · kUnit
+  static constexpr int64_t kUnit = 1 << 20;
+
+  // Rows that cross a page are not asked for.
+  static TA_INLINE RowShares of(const TensorView& view, int64_t batch, int64_t head, int64_t row, int64_t rows,
+                                int64_t columns, int64_t shares) {
+    const int64_t size = element_size(view.dtype);
+    if (rows <= 0 || shares <= 0 || !is_one_run(view, row, rows)) return {};
+    const int64_t share_size = (rows * kUnit + shares - 1) / shares;
+    return {element(view, batch, head, row), view.stride[2] * size, columns * size, rows, share_size};
+  }
+  TA_INLINE void add_share(int64_t share, RowsAhead& ahead) const {
+    if (rows == 0) return;
+    const int64_t begin = share * share_size / kUnit, end = smaller(rows, (share + 1) * share_size / kUnit);
+    ahead.add(first + begin * step, step, bytes, end - begin);
+  }
 };
 
 // The block of keys and values after this one, of which each panel asks for a share: rows that come from further away
 // than the L2 cache would arrive too late for that block's first panel.
 struct NextRows {
-  const char *keys = nullptr, *values = nullptr;
-  int64_t key_step, value_step, key_bytes, value_bytes;  // from row to row, and of a row
-  int64_t rows, shares;
+  RowShares keys, values;
 
-  // The block that starts at row; left: how many rows there are from it on. Blocks that cross a page are not asked for.
+  // The block that starts at row; left: how many rows there are from it on.
   NextRows(const AttentionProblem& p, int64_t batch, int64_t kv_head, int64_t row, int64_t block, int64_t left,
            int64_t panels)
-      : key_step(p.key.stride[2] * element_size(p.dtype)),
-        value_step(p.value.stride[2] * element_size(p.dtype)),
-        key_bytes(p.head_dim * element_size(p.dtype)),
-        value_bytes(p.value_dim * element_size(p.dtype)),
-        rows(smaller(block, left)),
-        shares(panels) {
-    if (rows <= 0 || !is_one_run(p.key, row, rows) || !is_one_run(p.value, row, rows)) {
-      rows = 0;
-      return;
-    }
-    keys = element(p.key, batch, kv_head, row);
-    values = element(p.value, batch, kv_head, row);
-  }
+      : keys(RowShares::of(p.key, batch, kv_head, row, smaller(block, left), p.head_dim, panels)),
+        values(RowShares::of(p.value, batch, kv_head, row, smaller(block, left), p.value_dim, panels)) {}
 
   TA_INLINE void add_share(int64_t share, RowsAhead& ahead) const {
-    const int64_t first = rows * share / shares, count = rows * (share + 1) / shares - first;
-    ahead.add(keys + first * key_step, key_step, key_bytes, count);
-    ahead.add(values + first * value_step, value_step, value_bytes, count);
+    keys.add_share(share, ahead);
+    values.add_share(share, ahead);
   }
   TA_INLINE void prefetch(int64_t share) const {
     RowsAhead ahead;

@@ -22,9 +22,10 @@ constexpr size_t kSmallestBlock = size_t{1} << 18;
 constexpr size_t kLargestKept = size_t{1} << 24;  // larger blocks go back to the system when their task ends
 constexpr size_t kPage = 4096;
 
-// Rounds size up to whole pages: from 2 MiB on huge ones, which also spread evenly over the sets of the L2 cache.
+// Rounds size up to whole pages: of some size huge ones, which also spread evenly over the sets of the L2 cache
+// (float32 on AMX gains 1 to 2 % where its 1.2 MiB do).
 void* allocate(size_t& size) {
-  const bool huge = size >= kHugePage;
+  const bool huge = size >= kHugePage / 4;
   const size_t page = huge ? kHugePage : kPage;
   size = (size + page - 1) / page * page;
   void* memory = std::aligned_alloc(huge ? kHugePage : kAlignment, size);

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "../forward.h"
+#include "band_edges.h"
 #include "dropout_beside.h"
 #include "masked_scores.h"
 #include "operands.h"
@@ -12,6 +13,11 @@
 namespace torch_attn::cpu::TORCH_ATTN_ISA {
 
 constexpr int64_t kAmxRows = 1024;
+
+// With a window, fewer tasks pack the same keys (1 to 2 % faster than 1024 rows): few of their rows are in use at a
+// time.
+constexpr int64_t kWindowRows = 4096;
+TA_INLINE bool has_narrow_window(const AttentionProblem& p) { return p.window_left + p.window_right < 2 * kAmxRows; }
 
 // A panel walks over so many bytes of keys and values before the next one does. A mask's rows are then read in pieces
 // long enough for memory: with one block of keys at a time, masks cost 1.4 (float) to 3 times (boolean, 8192 keys) as
@@ -93,7 +99,7 @@ struct AmxForward {
         dropout(Dropout::make(problem.dropout_p, problem.philox_seed, problem.philox_offset)),
         head_dim(round_up(problem.head_dim, kTileDepth)),
         value_dim(round_up(problem.value_dim, kTileSide)) {
-    int64_t most = kAmxRows;
+    int64_t most = has_narrow_window(problem) ? kWindowRows : kAmxRows;
     const auto items = [&] { return p.batch * p.heads * ((p.query_length + most - 1) / most); };
     while (most > 2 * kAmxLanes && items() < 4 * threads) most /= 2;
     const int64_t blocks = (p.query_length + most - 1) / most;
@@ -109,6 +115,7 @@ struct AmxForward {
     float* out;                                    // [lane offset · value_dim][value_dim][lane]
     float *maximum, *old_maximum, *sum, *rescale;  // [lane]
     float *bias, *staging;                         // one tile: [key][lane]
+    bool* has_output;                              // [panel]: out is 0, and not written, before its first weights
     const PhiloxPanel* philox;
     uint16_t* weights;  // a B operand
     WaitingSums* sums;
@@ -136,6 +143,56 @@ struct AmxForward {
     bool rescaled;  // see settle_maximum
   };
 
+  // The tiles of a block of rows and some blocks of keys, without those that the band excludes: panel by panel, from
+  // the first to the last and then anew.
+  struct PanelTiles {
+    const BandMask& band;
+    const Block& block;
+    const KeyBlock* key_blocks;
+    int64_t panels, count, first, total = 0;
+    int64_t panel, key_block = 0, end_block = 0;  // key_block: of the panel's, up to end_block
+    bool whole;                                   // whether the band excludes none
+
+    PanelTiles(const BandMask& mask, const Block& rows, const KeyBlock* blocks, int64_t block_count,
+               int64_t first_panel)
+        : band(mask),
+          block(rows),
+          key_blocks(blocks),
+          panels(rows.lanes / kAmxLanes),
+          count(block_count),
+          first(first_panel),
+          panel(first_panel) {
+      const KeyRange all = band.keys_of_all(block.row, block.row + block.rows);
+      const KeyBlock& last = blocks[larger<int64_t>(count, 1) - 1];
+      whole = count > 0 && all.begin <= blocks[0].key && last.key + last.keys <= all.end;
+      for (panel = panels - 1; panel >= first_panel; --panel) {
+        cut();
+        total += end_block - key_block;
+        if (end_block > key_block) first = panel;
+      }
+      panel = first;
+      if (total > 0) cut();
+    }
+
+    void advance() {
+      if (++key_block < end_block) return;
+      do {
+        panel = panel + 1 < panels ? panel + 1 : first;
+        cut();
+      } while (end_block <= key_block && panel != first);
+    }
+
+    // Which blocks of keys the panel attends.
+    void cut() {
+      key_block = 0, end_block = count;
+      if (whole) return;
+      const int64_t row = block.row + panel * kAmxLanes, end = smaller(row + kAmxLanes, block.row + block.rows);
+      const KeyRange keys = band.keys_of_any(row, end);
+      while (key_block < end_block && key_blocks[key_block].key + key_blocks[key_block].keys <= keys.begin) ++key_block;
+      while (key_block < end_block && key_blocks[end_block - 1].key >= keys.end) --end_block;
+    }
+  };
+
   void run(int64_t item, Scratch& scratch) const {
     const TileSession session;
     Block block;
@@ -150,6 +207,7 @@ struct AmxForward {
     constexpr int64_t tile = kAmxKeys * kAmxLanes;
 
     block.query = scratch.take<uint16_t>(kPieces * block.lanes * head_dim);
+    block.has_output = scratch.take<bool>(block.lanes / kAmxLanes);
     block.out = scratch.take<float>(block.lanes * value_dim);
     for (float** array : {&block.maximum, &block.old_maximum, &block.sum, &block.rescale}) {
       *array = scratch.take<float>(block.lanes);
@@ -177,14 +235,38 @@ struct AmxForward {
       key_blocks[i].bias_memory = scratch.take<float>(stage.mask_is_per_key() ? key_block_size : 0);
     }
 
-    load_query(block, scratch);
-    start(block);
+    auto* query_memory = scratch.take<uint16_t>(kPieces * kAmxLanes * head_dim);
+    float* out_memory = scratch.take<float>(kAmxLanes * value_dim);
     const KeyRange range = stage.band.keys_of_any(block.row, block.row + block.rows);
     const PhiloxPanel philox(dropout, p.dropout_batch_head(block.batch, block.head));
     block.philox = &philox;
     // Groups of keys that share random bits are not torn.
     const int64_t first_key = p.dropout_p > 0 ? round_down(range.begin, Dropout::kKeysPerCall) : range.begin;
     const int64_t panels = block.lanes / kAmxLanes, span_keys = most * key_block_size;
+    // With a window, a panel is read when its first keys come, and written after its last, both beside the products of
+    // others: rows are many for the keys that each attends. The band lets panels start and end in their order. Without
+    // one this would cost float32 1 to 3 %.
+    const bool streams = has_narrow_window(p);
+    int64_t started = 0, finished = 0, last_key = 0;  // of the first that is not finished
+    const auto keys_of = [&](int64_t panel) {
+      return stage.band.keys_of_any(block.row + panel * kAmxLanes,
+                                    block.row + panel * kAmxLanes + rows_of(block, panel));
+    };
+    const auto start_until = [&](int64_t panel) {
+      while (started < panel) start(block, started++, query_memory);
+    };
+    if (panels > 0) last_key = keys_of(0).end;
+    // So many panels' rows of query and output have been asked for.
+    int64_t queries_asked = streams ? 1 : panels, outputs_asked = streams ? 0 : panels;
+    const Tile* waiting = nullptr;
+    const auto finish_until = [&](int64_t panel, int64_t end) {
+      while (finished < smaller(panel, started) && last_key <= end &&
+             (waiting == nullptr || waiting->offset > finished * kAmxLanes)) {
+        finish(block, finished++, out_memory);
+        if (finished < panels) last_key = keys_of(finished).end;
+      }
+    };
+    if (!streams) start_until(panels);
     for (int64_t begin = first_key; begin < range.end; begin += span_keys) {
       const int64_t end = smaller(begin + span_keys, range.end);
       int64_t count = 0;
@@ -208,43 +290,64 @@ struct AmxForward {
         }
         ++count;
       }
-      const NextRows next(p, block.batch, kv_head, end, span_keys, range.end - end, panels * count);
-      Tile *now = &tiles[0], *waiting = nullptr;
-      for (int64_t i = 0; i < panels * count; ++i) {
-        const int64_t then = (i + 1) / count, offset = then < panels ? then * kAmxLanes : 0;  // of the next panel
+      PanelTiles tiles_of(stage.band, block, key_blocks, count, finished);
+      const NextRows next(p, block.batch, kv_head, end, span_keys, range.end - end, tiles_of.total);
+      // Rows of panels that start or end with the next keys; in the first keys, these' too.
+      int64_t starting = queries_asked, ending = outputs_asked;
+      while (starting < panels && keys_of(starting).begin < end + span_keys) ++starting;
+      while (ending < panels && keys_of(ending).end <= end + span_keys) ++ending;
+      const RowShares queries = rows_of_panels(p.query, p.head_dim, block, queries_asked, starting, tiles_of.total);
+      const RowShares outs = rows_of_panels(outputs.out, p.value_dim, block, outputs_asked, ending, tiles_of.total);
+      queries_asked = starting, outputs_asked = ending;
+      Tile* now = &tiles[0];
+      for (int64_t i = 0; i < tiles_of.total; ++i) {
+        const int64_t panel = tiles_of.panel;
+        now->offset = panel * kAmxLanes;
+        now->keys = &key_blocks[tiles_of.key_block];
+        tiles_of.advance();
+        start_until(panel + 1);
         RowsAhead ahead;
         next.add_share(i, ahead);
-        add_bias(stage.mask_rows, block.row + offset, smaller(kAmxLanes, block.rows - offset),
-                 then < panels ? key_blocks[(i + 1) % count].key : end, key_block_size, ahead);
-        now->offset = i / count * kAmxLanes;
-        now->keys = &key_blocks[i % count];
+        queries.add_share(i, ahead);
+        outs.add_share(i, ahead);
+        const int64_t then = tiles_of.panel * kAmxLanes;
+        add_bias(stage.mask_rows, block.row + then, smaller(kAmxLanes, block.rows - then),
+                 i + 1 < tiles_of.total ? key_blocks[tiles_of.key_block].key : end, key_block_size, ahead);
         if (add_scores(block, *now, waiting, stage, ahead)) {
           waiting = now;
           now = &tiles[now == &tiles[0] ? 1 : 0];
         }
         ahead.ask_for_rest();
+        if (streams) finish_until(panel, end);
       }
       if (waiting != nullptr) add_values(block, *waiting);
+      waiting = nullptr;
+      if (streams) finish_until(panels, end);
     }
-    finish(block, scratch);
+    start_until(panels);
+    finish_until(panels, larger(range.end, stage.band.key_length));
   }
 
-  void load_query(const Block& block, Scratch& scratch) const {
-    auto* memory = scratch.take<uint16_t>(kPieces * block.rows * head_dim);
-    Source<Stored> rows(p.query, block.batch, block.head, block.row, block.rows, p.head_dim, block.rows, head_dim,
-                        memory, infinite);
-    for (int64_t offset = 0; offset < block.lanes; offset += kAmxLanes) {
-      rows.lanes(block.query + offset * head_dim, block.lanes * head_dim, offset, kAmxLanes);
-    }
+  int64_t rows_of(const Block& block, int64_t panel) const {
+    return smaller(kAmxLanes, block.rows - panel * kAmxLanes);
+  }
+  RowShares rows_of_panels(const TensorView& view, int64_t columns, const Block& block, int64_t first, int64_t last,
+                           int64_t shares) const {
+    const int64_t begin = first * kAmxLanes, end = smaller(last * kAmxLanes, block.rows);
+    return RowShares::of(view, block.batch, block.head, block.row + begin, end - begin, columns, shares);
   }
 
-  void start(const Block& block) const {
+  void start(const Block& block, int64_t panel, uint16_t* memory) const {
+    const int64_t offset = panel * kAmxLanes, rows = rows_of(block, panel);
+    Source<Stored>(p.query, block.batch, block.head, block.row + offset, rows, p.head_dim, rows, head_dim, memory,
+                   infinite)
+        .lanes(block.query + offset * head_dim, block.lanes * head_dim, 0, kAmxLanes);
     const float lowest = -__builtin_inff();
     float sink = lowest;
     if (p.sinks.defined()) sink = head_number<float>(p.sinks, block.batch, block.head);
-    fill<float>(block.maximum, sink, block.lanes);
-    fill<float>(block.sum, sink == lowest ? 0 : 1, block.lanes);
-    fill<float>(block.out, 0, block.lanes * value_dim);
+    fill<float>(block.maximum + offset, sink, kAmxLanes);
+    fill<float>(block.sum + offset, sink == lowest ? 0 : 1, kAmxLanes);
+    block.has_output[panel] = false;
   }
 
   // The scores of one panel, up to its new maximum; false if it attends none of the keys. The panel before, which waits
@@ -300,6 +403,9 @@ struct AmxForward {
     tile.factor = stage.dot_factor();
     if (effect == MaskEffect::kSome) {
       tile.factor = masked.apply<true>(span, tile.factor, tile.scores, maximum, [&] { ask.ask(); });
+    } else if (has_plain_edges(stage, bias, span, tile.factor)) {
+      exclude_outside(stage.band, span, row, keys.key, tile.scores);
+      raise_maximum(span.begin, span.end, tile.factor, tile.scores, maximum);
     } else if (stage.changes_elements(bias) || span.has_edges() || !(tile.factor > 0)) {
       modify_scores<float, kAmxVectors>(stage, bias, span.has_edges(), row, keys.key, span.begin, span.end, tile.factor,
                                         tile.scores, nullptr, maximum);
@@ -372,7 +478,8 @@ struct AmxForward {
                                  Beside&... beside) const {
     float* out = block.out + tile.offset * value_dim;
     const float* rescale = block.rescale + tile.offset;
-    if (tile.rescaled) {
+    bool& has_output = block.has_output[tile.offset / kAmxLanes];
+    if (tile.rescaled && has_output) {
       for (int64_t i = 0; i < value_dim * kAmxLanes; i += kLanes<float>) {
         store(out + i, load(out + i) * load(rescale + i % kAmxLanes));
       }
@@ -380,26 +487,33 @@ struct AmxForward {
     const TileOperand value_operand = tile.keys->value_columns.from_depth(tile.span.begin);
     const TileOperand weight_operand{block.weights, kAmxLanes * 4, kTileDepth / 2 * kAmxLanes * 4,
                                      kAmxKeys * kAmxLanes * 2};
-    ask.template product<true, kSums<Stored>>(value_dim / kTileSide, kAmxVectors,
-                                              (tile.span.end - tile.span.begin) / kTileDepth, value_operand,
-                                              weight_operand, out, kAmxLanes, *block.sums, beside...);
+    const int64_t tiles = value_dim / kTileSide, steps = (tile.span.end - tile.span.begin) / kTileDepth;
+    if (has_output) {
+      ask.template product<true, kSums<Stored>>(tiles, kAmxVectors, steps, value_operand, weight_operand, out,
+                                                kAmxLanes, *block.sums, beside...);
+    } else {
+      ask.template product<false, kSums<Stored>>(tiles, kAmxVectors, steps, value_operand, weight_operand, out,
+                                                 kAmxLanes, *block.sums, beside...);
+    }
+    has_output = true;
   }
 
-  void finish(const Block& block, Scratch& scratch) const {
+  void finish(const Block& block, int64_t panel, float* memory) const {
     using Softmax = OnlineSoftmax<VectorMath<float>>;
     const float keep_scale = p.dropout_p > 0 ? static_cast<float>(Dropout::keep_scale(p.dropout_p)) : 1.0f;
-    float* rows = scratch.take<float>(kAmxLanes * value_dim);
-    for (int64_t i = 0; i < block.lanes; i += kLanes<float>) {
-      const Vec<float> sum = load(block.sum + i);
-      store(block.maximum + i, Softmax::logsumexp(load(block.maximum + i), sum));
-      store(block.sum + i, Softmax::inverse_sum(sum) * keep_scale);
+    block.sums->flush();
+    const int64_t offset = panel * kAmxLanes, rows = rows_of(block, panel), row = block.row + offset;
+    float *maximum = block.maximum + offset, *sums = block.sum + offset;
+    if (!block.has_output[panel]) fill<float>(block.out + offset * value_dim, 0, kAmxLanes * value_dim);
+    for (int64_t i = 0; i < kAmxLanes; i += kLanes<float>) {
+      const Vec<float> sum = load(sums + i);
+      store(maximum + i, Softmax::logsumexp(load(maximum + i), sum));
+      store(sums + i, Softmax::inverse_sum(sum) * keep_scale);
     }
-    float* logsumexp = static_cast<float*>(outputs.logsumexp) + p.first_row(block.batch, block.head) + block.row;
-    __builtin_memcpy(logsumexp, block.maximum, block.rows * sizeof(float));
-    for (int64_t offset = 0; offset < block.lanes; offset += kAmxLanes) {
-      store_panel(outputs.out, block.batch, block.head, block.row + offset, smaller(kAmxLanes, block.rows - offset),
-                  p.value_dim, block.out + offset * value_dim, kAmxLanes, block.sum + offset, rows);
-    }
+    float* logsumexp = static_cast<float*>(outputs.logsumexp) + p.first_row(block.batch, block.head) + row;
+    __builtin_memcpy(logsumexp, maximum, rows * sizeof(float));
+    store_panel(outputs.out, block.batch, block.head, row, rows, p.value_dim, block.out + offset * value_dim, kAmxLanes,
+                sums, memory);
   }
 };
 

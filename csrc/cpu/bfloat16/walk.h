@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../backward_tasks.h"
+#include "band_edges.h"
 #include "forward.h"
 #include "half_tiles.h"
 
@@ -269,6 +270,8 @@ struct AmxWalk {
     ask.ask();
     if (effect == MaskEffect::kSome) {
       now.factor = masked.apply<false>(span, now.factor, now.scores, nullptr, [&] { ask.ask(); });
+    } else if (has_plain_edges(stage, bias, span, now.factor)) {
+      exclude_outside(stage.band, span, row, keys.key, now.scores);
     } else if (stage.changes_elements(bias) || span.has_edges()) {
       modify_scores<float, kAmxVectors>(stage, bias, span.has_edges(), row, keys.key, span.begin, span.end, now.factor,
                                         now.scores, tile.scratch.derivative, nullptr);
