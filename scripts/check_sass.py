@@ -53,7 +53,7 @@ PLANNED_HMMA_OF_WIDTH = {"select_keys_kernel": {64: 32, 128: 64}}  # in both 16-
 STORES_ROWS = ("map_weights_kernel", "map_query_gradient_kernel", "map_key_gradient_kernel")
 
 # Warpgroup matrix instructions of the Hopper tier's kernels (csrc/cuda/sm90), by width; in its machine code alone.
-PLANNED_HGMMA = {"forward_kernel": {64: 24, 128: 32}, "all_gradients_kernel": {64: 64, 128: 64}}
+PLANNED_HGMMA = {"forward_kernel": {64: 16, 128: 32}, "all_gradients_kernel": {64: 64, 128: 64}}
 
 # How many kernels there are of each family. The 16-bit ones come in two types.
 EXPECTED = {
@@ -75,6 +75,7 @@ FULL_SPILL_BYTES, WIDEST_SPILL_BYTES = 32, 144
 # These may spill a few registers, by tier, kernel and width: what the starts of packed sequences and the maps' options
 # cost beside their accumulators, of which a float64 takes two registers. All others nothing.
 MAY_SPILL = {
+    ("sm90", "forward_kernel", 64): 8,
     ("sm80", "forward_kernel", 128): 24,
     ("sm80", "all_gradients_kernel", 128): 8,
     ("sm80", "map_query_gradient_kernel", 0): 104,

@@ -4,7 +4,10 @@
 //
 // An mbarrier is a 64-bit word in shared memory. Its phases are numbered from 0; one completes when all its arrivals
 // and all bytes that it was told to expect are in, and the next begins. A wait names the parity of the phase it waits
-// for.
+// for. To arrive is a release, to wait an acquire, of the block (the PTX ISA's defaults of mbarrier.arrive, test_wait
+// and try_wait): what a thread wrote or read before it arrived, or others before a __syncwarp with it, happens before
+// what those do that have waited for the phase. So plain loads and stores need no other barrier; racecheck, which does
+// not follow mbarriers as far, may report them.
 #pragma once
 
 #include "ptx.cuh"
@@ -43,6 +46,20 @@ TA_DEVICE void mbarrier_wait(uint64_t* barrier, int parity) {
       "r"(parity)
       : "memory");
 }
+// Whether a wait would return at once.
+TA_DEVICE bool mbarrier_test(uint64_t* barrier, int parity) {
+  int done;
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.b32 %0, 1, 0, done;\n"
+      "}"
+      : "=r"(done)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+  return done != 0;
+}
 // A multiple of 16 bytes, aligned to 16, from global to shared memory; the barrier counts them when they are there.
 TA_DEVICE void cp_async_bulk(void* destination, const void* source, int bytes, uint64_t* barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
@@ -54,6 +71,10 @@ TA_DEVICE void cp_async_bulk(void* destination, const void* source, int bytes, u
 // A barrier, 1 … 15, of as many of the block's warps as have `threads`.
 TA_DEVICE void barrier_sync(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+// As one of these warps, which goes on.
+TA_DEVICE void barrier_arrive(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 // Four neighbouring numbers, aligned to 16 bytes, each added to what is there.
 TA_DEVICE void add_atomically(float* to, const float (&x)[4]) {
@@ -75,10 +96,12 @@ inline void mbarrier_init_fence() {}
 inline void mbarrier_arrive(uint64_t* barrier) { emulation::arrive_at_mbarrier(barrier, 0); }
 inline void mbarrier_arrive_expect_tx(uint64_t* barrier, int bytes) { emulation::arrive_at_mbarrier(barrier, bytes); }
 inline void mbarrier_wait(uint64_t* barrier, int parity) { emulation::wait_for_mbarrier(barrier, parity); }
+inline bool mbarrier_test(uint64_t* barrier, int parity) { return emulation::test_mbarrier(barrier, parity); }
 inline void cp_async_bulk(void* destination, const void* source, int bytes, uint64_t* barrier) {
   emulation::issue_bulk_copy(destination, source, bytes, barrier);
 }
 inline void barrier_sync(int barrier, int threads) { emulation::named_barrier(barrier, threads); }
+inline void barrier_arrive(int barrier, int threads) { emulation::arrive_at_named_barrier(barrier, threads); }
 inline void add_atomically(float* to, const float (&x)[4]) {
   for (int i = 0; i < 4; ++i) atomicAdd(to + i, x[i]);
 }

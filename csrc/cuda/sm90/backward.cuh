@@ -7,8 +7,8 @@
 #pragma once
 
 #include "../sm80/query_sums.cuh"
-#include "backward_order.h"
 #include "backward_steps.cuh"
+#include "block_order.h"
 #include "variants.h"
 
 namespace torch_attn::cuda::sm90 {
@@ -34,8 +34,7 @@ __global__ void __launch_bounds__(BackwardShape<kDim>::kThreads, 1)
   auto& shared = *reinterpret_cast<BackwardShared<T, kDim>*>(memory);
 
   const BlockOrder::Place place = order.place_of(static_cast<int>(blockIdx.x));
-  const int kv_heads = static_cast<int>(p.kv_heads), kv_head = place.head % kv_heads, batch = place.head / kv_heads;
-  const int first = place.tile * kKeys;
+  const int batch = place.batch, kv_head = place.head, first = place.tile * kKeys;
   if (first >= p.keys_of(batch)) return;  // of a packed sequence shorter than others
   const int thread = static_cast<int>(threadIdx.x);
   const int warpgroup = __shfl_sync(~0u, thread / kWarpgroup, 0);
@@ -163,8 +162,8 @@ __global__ void __launch_bounds__(BackwardShape<kDim>::kThreads, 1)
         ptx::wgmma_fence();
         multiply_queries(Shape::next_stage(stage));
       }
-      ptx::barrier_sync(1,
-                        Shape::kConsumers);  // the gradients of the scores are whole, the last step's are read no more
+      // The gradients of the scores are whole, the last step's are read no more.
+      ptx::barrier_sync(1, Shape::kConsumers);
       ptx::wgmma_fence();
       float grad_query[8][4];
 #pragma unroll
@@ -214,23 +213,14 @@ __global__ void __launch_bounds__(BackwardShape<kDim>::kThreads, 1)
       ptx::hold(grad_key);
       ptx::hold(grad_value);
     }
-    ptx::barrier_sync(1,
-                      Shape::kConsumers);  // the keys are read no more: their tile takes a result on its way to memory
+    // The keys are read no more: their tile takes a result on its way to memory.
+    ptx::barrier_sync(1, Shape::kConsumers);
 
     const auto store = [&](const TensorView& view, int64_t columns, const auto& sum, float scale, auto& tile) {
       if (!view.defined()) return;
       const float factors[1][2] = {{scale, scale}};
       const Rows<T> to(view, batch, kv_head, p.keys_of(batch), columns, p.first_key(batch));
-#pragma unroll
-      for (int c = 0; c < kDim / kPartColumns; ++c) {
-        float part[1][kPartColumns / 8][4];
-#pragma unroll
-        for (int n = 0; n < kPartColumns / 8; ++n)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) part[0][n][i] = sum[kPartColumns / 8 * c + n][i];
-        sm80::store_rows<1, kPartColumns>(to, first + warp_row, c * kPartColumns, part, factors, tile.part[c],
-                                          warp_row);
-      }
+      store_parts(to, first + warp_row, sum, factors, tile, warp_row);
     };
     store(t.grad_key, p.head_dim, grad_key, static_cast<float>(p.scale), shared.key);
     store(t.grad_value, p.value_dim, grad_value, 1.0f, shared.value);
@@ -245,7 +235,9 @@ void all_gradients(const AttentionProblem& p, const BackwardTensors& t, void* st
   float* const sums = static_cast<float*>(workspace);
   clear(sums, sm80::QuerySums::bytes(p, kDim), stream);
   const int64_t tiles = (p.key_length + Shape::kKeys - 1) / Shape::kKeys;
-  const BlockOrder order = BlockOrder::make(p, tiles, kDim, device_facts(stream.device).multiprocessors);
+  // A head's queries and grad_out, and its sums, while one query head of a group after the other is gone through.
+  const BlockOrder order =
+      BlockOrder::make(p, p.kv_heads, tiles, p.query_length * kDim * 8, device_facts(stream.device).multiprocessors);
   launch(all_gradients_kernel<T, kDim>, p.batch * p.kv_heads * tiles, Shape::kThreads, sizeof(BackwardShared<T, kDim>),
          stream, p, t, RowStatistics<float>(p, statistics), sums, order);
   sm80::store_query_sums<T, kDim, LanesApart>(p, t.grad_query, sums, static_cast<float>(p.scale), stream);

@@ -1,11 +1,12 @@
 // The forward pass on Hopper's warpgroup matrix instructions, for scaled scores with a band mask (causal, windows, key
-// lengths): one block per 64 query rows of each of its warpgroups. Keys and values stream through buffers; while a
-// warpgroup is at a step's softmax, the tensor cores are at its last step's output, or at another warpgroup's products
-// (Shah et al. 2024, "FlashAttention-3", §3.2).
+// lengths). Each of a block's warpgroups has 64 query rows and walks over the keys that another one brings
+// (forward_steps.cuh); where rows are few, some warpgroups share them and each has a part of the keys (forward_plan.h).
+// While a warpgroup is at a step's softmax, the tensor cores are at its last step's output, or at another warpgroup's
+// products, which are issued in turn (Shah et al. 2024, "FlashAttention-3", §3.1 and 3.2).
 #pragma once
 
-#include "../launch.h"
-#include "operand.cuh"
+#include "forward_plan.h"
+#include "forward_steps.cuh"
 #include "variants.h"
 
 namespace torch_attn::cuda::sm90 {
@@ -15,172 +16,263 @@ using sm80::row_max;
 using sm80::row_sum;
 using sm80::TileRange;
 
-// Registers bound the keys of a step: its scores take kKeys / 2 of a thread's 255, its weights kKeys / 4, the output
-// kDim / 2. On an H200, bfloat16, full attention in TFLOP/s: 64 columns 318 so (length 4096), with two warpgroups in
-// one block 266, with three 198; 128 columns 400 so, with two stages in place of three 354, with 96 keys 392.
+// A row's softmax and output over some of its keys: two rows of a lane, rows l / 4 and l / 4 + 8 of its warp.
 template <int kDim>
-struct ForwardShape {
-  static constexpr int kWarpgroups = kDim <= 64 ? 1 : 2;
-  static constexpr int kBlocks = kDim <= 64 ? 2 : 1;  // of a multiprocessor
-  static constexpr int kKeys = 128;
-  static constexpr int kStages = 3;  // steps whose keys and values are in shared memory or on their way there
-  static constexpr int kThreads = kWarpgroups * kWarpgroup, kRows = kWarpgroups * kWarpgroupRows;
+struct RowResult {
+  float maximum[2], sum[2], output[kDim / 8][4];  // sum: this lane's part
+
+  static constexpr int kFloats = 4 + kDim / 2;  // of a thread
+
+  // In shared memory that kWarpgroup threads have for this.
+  TA_DEVICE void put(float* to) const {
+    for (int half = 0; half < 2; ++half) {
+      to[half * kWarpgroup] = maximum[half];
+      to[(2 + half) * kWarpgroup] = sum[half];
+    }
+#pragma unroll
+    for (int n = 0; n < kDim / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) to[(4 + 4 * n + i) * kWarpgroup] = output[n][i];
+  }
+  // With what another thread put there, of other keys.
+  TA_DEVICE void join(const float* other, float factor) {
+    float mine[2], others[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float maximum_there = other[half * kWarpgroup], larger = fmaxf(maximum[half], maximum_there);
+      const auto rescale = [&](float from) {
+        return from == larger ? 1.0f : ptx::ex2_approx((from - larger) * factor);
+      };
+      mine[half] = rescale(maximum[half]);
+      others[half] = rescale(maximum_there);
+      maximum[half] = larger;
+      sum[half] = sum[half] * mine[half] + other[(2 + half) * kWarpgroup] * others[half];
+    }
+#pragma unroll
+    for (int n = 0; n < kDim / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        output[n][i] = output[n][i] * mine[i / 2] + other[(4 + 4 * n + i) * kWarpgroup] * others[i / 2];
+  }
 };
 
-template <class T, int kDim>
-struct ForwardShared {
-  using Shape = ForwardShape<kDim>;
-  Operand<T, Shape::kRows, kDim> query;
-  Operand<T, Shape::kKeys, kDim> key[Shape::kStages], value[Shape::kStages];
-};
+// Named barriers: of all consumers; the first warpgroup's turn and its end, before those of the others.
+constexpr int kAllBarrier = 1, kTurnBarrier = 2, kEndBarrier = 8;
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(ForwardShape<kDim>::kThreads, ForwardShape<kDim>::kBlocks)
-    forward_kernel(const __grid_constant__ AttentionProblem p, const __grid_constant__ ForwardOutputs out) {
+__global__ void __launch_bounds__(ForwardShape<kDim>::kThreads, 1)
+    forward_kernel(const __grid_constant__ AttentionProblem p, const __grid_constant__ ForwardOutputs out,
+                   const BlockOrder order, const int log2_groups) {
 #if TA_HAS_WGMMA
   using Shape = ForwardShape<kDim>;
   using Softmax = OnlineSoftmax<Math<float>>;
-  constexpr int kKeys = Shape::kKeys, kGroups = kKeys / 8, kStages = Shape::kStages, kRows = Shape::kRows;
+  constexpr int kKeys = Shape::kKeys, kGroups = kKeys / 8;
   const T type{};
   TA_DYNAMIC_SHARED(memory);
   auto& shared = *reinterpret_cast<ForwardShared<T, kDim>*>(memory);
 
-  const int tiles = static_cast<int>(ceil_div(p.query_length, kRows));
-  const int index = static_cast<int>(blockIdx.x), heads = static_cast<int>(p.heads);
-  const int row = (tiles - 1 - index % tiles) * kRows;  // the longest rows of a causal mask first
-  const int head = index / tiles % heads, batch = index / tiles / heads;
-  const int queries = static_cast<int>(p.queries_of(batch));
-  if (row >= queries) return;  // of a packed sequence shorter than others
-  const int row_end = row + kRows < queries ? row + kRows : queries;
-  const int thread = static_cast<int>(threadIdx.x), lane = lane_index();
-  const int group_row = thread / kWarpgroup * kWarpgroupRows, warp_row = thread / 32 * 16;
-  const int kv_head = head / static_cast<int>(p.group_size());
-
-  const HeadScore<float> score(p, batch, head);
-  // weight = 2^((x − maximum) · factor), where x is q·k.
-  const float factor = score.mod.scale * kLog2E;
-  const float sink = p.sinks.defined() ? per_head<float>(p.sinks, batch, head) / score.mod.scale : -INFINITY;
-  float maximum[2] = {sink, sink}, sum[2], result[kDim / 8][4] = {};
-#pragma unroll
-  for (int half = 0; half < 2; ++half) sum[half] = sink != -INFINITY && lane % 4 == 0 ? 1.0f : 0.0f;
-
-  const KeyRange range = score.band.keys_of_any(row, row_end);
-  const int begin = static_cast<int>(range.begin / kKeys * kKeys);
-  const int steps = range.empty() ? 0 : static_cast<int>(ceil_div(range.end - begin, kKeys));
-  // The copies of step n's keys and of the values before them; a step waits for both.
-  const auto copy_step = [&](int step) {
-    // Lengths and starts are asked for anew: registers are short in the loop.
-    const int64_t keys = p.keys_of(batch), first_key = p.first_key(batch);
-    if (step < steps)
-      shared.key[step % kStages].template copy<Shape::kThreads>(
-          Rows<T>(p.key, batch, kv_head, keys, p.head_dim, first_key), begin + step * kKeys);
-    if (step > 0 && step <= steps)
-      shared.value[(step - 1) % kStages].template copy<Shape::kThreads>(
-          Rows<T>(p.value, batch, kv_head, keys, p.value_dim, first_key), begin + (step - 1) * kKeys);
-    ptx::cp_async_commit();
-  };
-  const auto wait_for_step = [&] {
-    ptx::cp_async_wait<kStages - 2>();
-    ptx::fence_shared_for_wgmma();
-    __syncthreads();
-  };
-  float x[kGroups][4], rescale[2];
-  uint32_t weights[kKeys / 16][4];
-  const auto multiply_keys = [&](int step) {  // x = queries · keysᵀ
-#pragma unroll
-    for (int k = 0; k < kDim / 16; ++k)
-      ptx::wgmma(x, shared.query.rows(group_row, k), shared.key[step % kStages].rows(0, k), k > 0, type);
-    ptx::wgmma_commit();
-  };
-  const auto multiply_values = [&](int step) {  // result += weights · values
-#pragma unroll
-    for (int k = 0; k < kKeys / 16; ++k) ptx::wgmma(result, weights[k], shared.value[step % kStages].columns(k), type);
-    ptx::wgmma_commit();
-  };
-  const auto softmax = [&](int step) {
-    const int first = begin + step * kKeys;
-    if (!score.covered(row + group_row, row + group_row + kWarpgroupRows, first, first + kKeys)) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        sm80::set_unattended(x, half, TileRange::keys_of_row(score, row + warp_row + 8 * half + lane / 4, first, kKeys),
-                             -INFINITY);
+  const int groups = 1 << log2_groups, thread = static_cast<int>(threadIdx.x);
+  const int warpgroup = __shfl_sync(~0u, thread / kWarpgroup, 0);
+  if (thread == 0) {
+    for (int i = 0; i < Shape::kStages; ++i) {
+      ptx::mbarrier_init(shared.full + i, kWarpgroup);
+      ptx::mbarrier_init(shared.empty_key + i, groups * kWarpgroup / 32);
+      ptx::mbarrier_init(shared.empty_value + i, groups * kWarpgroup / 32);
     }
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-      rescale[half] = sm80::softmax_row<false>(x, half, maximum[half], sum[half], factor);
-  };
-  const auto round_weights = [&] {
-#pragma unroll
-    for (int k = 0; k < kKeys / 16; ++k)
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        weights[k][i] = ptx::pack(x[2 * k + i / 2][i % 2 * 2], x[2 * k + i / 2][i % 2 * 2 + 1], type);
-  };
+    ptx::mbarrier_init_fence();
+  }
+  const ForwardBlock<kDim> block(p, order, groups);
+  if (block.row >= p.queries_of(block.batch)) return;  // of a packed sequence shorter than others
+  __syncthreads();
 
-  // While a step's weights are computed, the tensor cores multiply the last step's with their values.
-  shared.query.template copy<Shape::kThreads>(Rows<T>(p.query, batch, head, queries, p.head_dim, p.first_query(batch)),
-                                              row);
+  if (warpgroup == Shape::kWarpgroups) {
+    ptx::set_registers<Shape::kProducerRegisters, false>();
+    bring_keys(shared, p, block, groups);
+  } else {
+    ptx::set_registers<Shape::kConsumerRegisters, true>();
+    const int lane = lane_index(), warp_row = thread % kWarpgroup / 32 * 16;
+    const int group = warpgroup & (groups - 1), part = warpgroup >> log2_groups;
+    const int parts = Shape::kWarpgroups >> log2_groups;
+    const int row = block.row + group * kWarpgroupRows, steps = block.steps;
+    auto& query = shared.query[group];
+
+    const HeadScore<float> score(p, block.batch, block.head);
+    // weight = 2^((x − maximum) · factor), where x is q·k.
+    const float factor = score.mod.scale * kLog2E;
+    RowResult<kDim> result = {};
+    const float sink = p.sinks.defined() && part == 0
+                           ? per_head<float>(p.sinks, block.batch, block.head) / score.mod.scale
+                           : -INFINITY;
 #pragma unroll
-  for (int step = 0; step < kStages - 1; ++step) copy_step(step);
-  if (steps > 0) {
-    wait_for_step();
-    ptx::wgmma_fence();
-    multiply_keys(0);
-    copy_step(kStages - 1);
-    ptx::wgmma_wait<0>();
-    ptx::hold(x);
-    softmax(0);
-    round_weights();
-    for (int step = 1; step < steps; ++step) {
-      wait_for_step();
+    for (int half = 0; half < 2; ++half) {
+      result.maximum[half] = sink;
+      result.sum[half] = sink != -INFINITY && lane % 4 == 0 ? 1.0f : 0.0f;
+    }
+    const auto cut = [](int64_t key) { return static_cast<int>(key < 1 << 30 ? key : 1 << 30); };
+    const KeyRange all = score.band.keys_of_all(row, row + kWarpgroupRows);
+    const TileRange covered{cut(all.begin), cut(all.end)};
+
+    float x[kGroups][4], rescale[2];
+    uint32_t weights[kKeys / 16][4];
+    StageRing<Shape::kStages> keys{part, 0}, values{part, 0};
+    const auto release = [&](uint64_t* barrier) {
+      __syncwarp();
+      if (lane == 0) ptx::mbarrier_arrive(barrier);
+    };
+    const auto multiply_keys = [&] {  // x = queries · keysᵀ
+#pragma unroll
+      for (int k = 0; k < kDim / 16; ++k)
+        ptx::wgmma(x, query.rows(0, k), shared.key[keys.stage].rows(0, k), k > 0, type);
+      ptx::wgmma_commit();
+    };
+    const auto multiply_values = [&] {  // output += weights · values
+#pragma unroll
+      for (int k = 0; k < kKeys / 16; ++k)
+        ptx::wgmma(result.output, weights[k], shared.value[values.stage].columns(k), type);
+      ptx::wgmma_commit();
+    };
+    const auto wait_for_keys = [&] { ptx::mbarrier_wait(shared.full + keys.stage, keys.parity); };
+    const auto wait_for_values = [&](StageRing<Shape::kStages> of) {
+      of.advance();  // they come with the next step's keys
+      ptx::mbarrier_wait(shared.full + of.stage, of.parity);
+    };
+    const auto release_keys = [&] {
+      release(shared.empty_key + keys.stage);
+      keys.advance(parts);
+    };
+    const auto release_values = [&] {
+      release(shared.empty_value + values.stage);
+      values.advance(parts);
+    };
+    const auto softmax = [&](int step) {
+      const int first = block.begin + step * kKeys;
+      if (first < covered.begin || first + kKeys > covered.end) {
+        const HeadScore<float> anew(p, block.batch, block.head);  // registers are short in the loop
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          sm80::set_unattended(
+              x, half, TileRange::keys_of_row(anew, row + warp_row + 8 * half + lane / 4, first, kKeys), -INFINITY);
+      }
+      float largest[2][2];
+#pragma unroll
+      for (int n = 0; n < kGroups; ++n)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float& of = largest[half][n % 2];
+          const float pair = fmaxf(x[n][2 * half], x[n][2 * half + 1]);
+          of = n < 2 ? pair : fmaxf(of, pair);
+        }
+      float shift[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float before = result.maximum[half];
+        const float maximum = row_max(fmaxf(before, fmaxf(largest[half][0], largest[half][1])));
+        rescale[half] = before == maximum ? 1.0f : ptx::ex2_approx((before - maximum) * factor);
+        shift[half] = Softmax::safe_maximum(maximum) * factor;
+        result.maximum[half] = maximum;
+        result.sum[half] *= rescale[half];
+      }
+#pragma unroll
+      for (int n = 0; n < kGroups; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          x[n][i] = ptx::ex2_approx(x[n][i] * factor - shift[i / 2]);
+          result.sum[i / 2] += x[n][i];
+        }
+    };
+    const auto round_weights = [&] {
+#pragma unroll
+      for (int k = 0; k < kKeys / 16; ++k)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          weights[k][i] = ptx::pack(x[2 * k + i / 2][i % 2 * 2], x[2 * k + i / 2][i % 2 * 2 + 1], type);
+    };
+
+    // Warpgroups issue their products one after the other, from the first to the last and again.
+    const auto wait_for_turn = [&] { ptx::barrier_sync(kTurnBarrier + warpgroup, 2 * kWarpgroup); };
+    const auto pass_turn = [&] {
+      ptx::barrier_arrive(kTurnBarrier + (warpgroup + 1) % Shape::kWarpgroups, 2 * kWarpgroup);
+    };
+    if (warpgroup == 0) ptx::barrier_arrive(kTurnBarrier, 2 * kWarpgroup);
+    const int rounds = (steps + parts - 1) * groups / Shape::kWarpgroups;
+    if (part < steps) {
+      wait_for_keys();
       ptx::hold(x);
-      ptx::hold(result);
       ptx::wgmma_fence();
-      multiply_keys(step);
-      multiply_values(step - 1);
-      ptx::wgmma_wait<1>();
-      ptx::hold(x);
-      softmax(step);
-      ptx::hold(x);
-      copy_step(step + kStages - 1);  // its branches keep the compiler from moving the next wait up, before the softmax
+      multiply_keys();
       ptx::wgmma_wait<0>();
-      ptx::hold(result);
-#pragma unroll
-      for (int n = 0; n < kDim / 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) result[n][i] *= rescale[i / 2];
+      ptx::hold(x);
+      release_keys();
+      softmax(part);
       round_weights();
+      wait_for_values(values);
+      for (int step = part + parts; step < steps; step += parts) {
+        wait_for_keys();
+        wait_for_turn();
+        ptx::hold(x);
+        ptx::hold(result.output);
+        ptx::wgmma_fence();
+        multiply_keys();
+        multiply_values();
+        pass_turn();
+        ptx::wgmma_wait<1>();
+        ptx::hold(x);
+        const StageRing<Shape::kStages> here = keys;
+        release_keys();
+        softmax(step);
+        ptx::hold(x);
+        wait_for_values(here);  // its loop keeps the compiler from moving the next wait up, before the softmax
+        ptx::wgmma_wait<0>();
+        ptx::hold(result.output);
+        release_values();
+        if (__any_sync(~0u, rescale[0] != 1.0f || rescale[1] != 1.0f)) {
+#pragma unroll
+          for (int n = 0; n < kDim / 8; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) result.output[n][i] *= rescale[i / 2];
+        }
+        round_weights();
+      }
+      if (rounds > 1 && part + (rounds - 1) * parts >= steps) {  // no step in the last round
+        wait_for_turn();
+        pass_turn();
+      }
+      ptx::hold(result.output);
+      ptx::wgmma_fence();
+      multiply_values();
+      ptx::wgmma_wait<0>();
+      ptx::hold(result.output);
     }
-    wait_for_step();
-    ptx::hold(result);
-    ptx::wgmma_fence();
-    multiply_values(steps - 1);
-    ptx::wgmma_wait<0>();
-    ptx::hold(result);
-  }
+    if (warpgroup == 0) wait_for_turn();
 
-  if (steps == 0) ptx::cp_async_wait<0>();  // nothing was attended: only the query's copy is to be waited for
-  __syncthreads();                          // the queries are read no more: their tile takes the output
-  float inverse[1][2];
+    // The queries, and where parts are joined keys and values, are read no more.
+    if (parts > 1) {
+      static_assert(sizeof(shared.key) >= (Shape::kWarpgroups - 1) * RowResult<kDim>::kFloats * kWarpgroup * 4, "");
+      const auto place = [&](int warpgroup) {
+        return reinterpret_cast<float*>(shared.key) + (warpgroup - groups) * RowResult<kDim>::kFloats * kWarpgroup +
+               thread % kWarpgroup;
+      };
+      ptx::barrier_sync(kAllBarrier, Shape::kConsumers);
+      if (part > 0) result.put(place(warpgroup));
+      ptx::barrier_sync(kAllBarrier, Shape::kConsumers);
+      if (part > 0) return;
+      for (int other = 1; other < parts; ++other) result.join(place(group + other * groups), factor);
+    } else {
+      ptx::barrier_sync(kEndBarrier + warpgroup, kWarpgroup);
+    }
+    float inverse[1][2];
+    const int queries = score.query_length;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const float total = row_sum(sum[half]);
-    inverse[0][half] = Softmax::inverse_sum(total);
-    const int r = row + warp_row + 8 * half + lane / 4;
-    if (lane % 4 == 0 && r < queries)
-      static_cast<float*>(out.logsumexp)[p.first_row(batch, head) + r] =
-          Softmax::logsumexp(maximum[half] * score.mod.scale, total);
-  }
-  const Rows<T> to(out.out, batch, head, queries, p.value_dim, p.first_query(batch));
-#pragma unroll
-  for (int c = 0; c < kDim / kPartColumns; ++c) {
-    float part[1][kPartColumns / 8][4];
-#pragma unroll
-    for (int n = 0; n < kPartColumns / 8; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) part[0][n][i] = result[kPartColumns / 8 * c + n][i];
-    sm80::store_rows<1, kPartColumns>(to, row + warp_row, c * kPartColumns, part, inverse, shared.query.part[c],
-                                      warp_row);
+    for (int half = 0; half < 2; ++half) {
+      const float total = row_sum(result.sum[half]);
+      inverse[0][half] = Softmax::inverse_sum(total);
+      const int r = row + warp_row + 8 * half + lane / 4;
+      if (lane % 4 == 0 && r < queries)
+        static_cast<float*>(out.logsumexp)[p.first_row(block.batch, block.head) + r] =
+            Softmax::logsumexp(result.maximum[half] * score.mod.scale, total);
+    }
+    store_parts(Rows<T>(out.out, block.batch, block.head, queries, p.value_dim, p.first_query(block.batch)),
+                row + warp_row, result.output, inverse, query, warp_row);
   }
 #endif
 }
@@ -188,9 +280,15 @@ __global__ void __launch_bounds__(ForwardShape<kDim>::kThreads, ForwardShape<kDi
 template <class T, int kDim>
 void forward(const AttentionProblem& p, const ForwardOutputs& out, const Stream& stream) {
   using Shape = ForwardShape<kDim>;
-  const int64_t tiles = (p.query_length + Shape::kRows - 1) / Shape::kRows;
+  const int multiprocessors = device_facts(stream.device).multiprocessors;
+  const ForwardBlocks blocks{Shape::kLog2Warpgroups, Shape::kKeys, Shape::kTraffic};
+  const int log2_groups = blocks.log2_row_groups(p, multiprocessors);
+  const int64_t rows = kWarpgroupRows << log2_groups, tiles = (p.query_length + rows - 1) / rows;
+  // A head's keys and values, which the query heads of a group share.
+  const BlockOrder order =
+      BlockOrder::make(p, p.heads, tiles, p.key_length * kDim * 4 / p.group_size(), multiprocessors);
   launch(forward_kernel<T, kDim>, p.batch * p.heads * tiles, Shape::kThreads, sizeof(ForwardShared<T, kDim>), stream, p,
-         out);
+         out, order, log2_groups);
 }
 
 }  // namespace torch_attn::cuda::sm90

@@ -59,4 +59,19 @@ struct Operand {
   }
 };
 
+// sm80::store_rows of a whole accumulator, through the warp's own rows of an operand.
+template <class T, int kRows, int kDim>
+TA_DEVICE void store_parts(const Rows<T>& to, int64_t row, const float (&sum)[kDim / 8][4], const float (&factor)[1][2],
+                           Operand<T, kRows, kDim>& tile, int tile_row) {
+#pragma unroll
+  for (int c = 0; c < kDim / kPartColumns; ++c) {
+    float part[1][kPartColumns / 8][4];
+#pragma unroll
+    for (int n = 0; n < kPartColumns / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) part[0][n][i] = sum[kPartColumns / 8 * c + n][i];
+    sm80::store_rows<1, kPartColumns>(to, row, c * kPartColumns, part, factor, tile.part[c], tile_row);
+  }
+}
+
 }  // namespace torch_attn::cuda::sm90

@@ -44,6 +44,19 @@ T __shfl_down_sync(uint32_t mask, T value, int delta) {
   return emulation::shuffle("__shfl_down_sync", mask, value, source < 32 ? source : emulation::current->lane);
 }
 
+inline int __any_sync(uint32_t mask, int predicate) {
+  struct Argument {
+    int predicate, result;
+  } argument{predicate, 0};
+  emulation::warp_collective("__any_sync", mask, argument, [](Argument** lanes) {
+    int any = 0;
+    for (int lane = 0; lane < emulation::kWarpSize; ++lane) any |= lanes[lane] && lanes[lane]->predicate;
+    for (int lane = 0; lane < emulation::kWarpSize; ++lane)
+      if (lanes[lane]) lanes[lane]->result = any;
+  });
+  return argument.result;
+}
+
 // Blocks run one after the other and a thread is only switched at a barrier or a collective, so a plain addition is
 // atomic. Atomics on one address do not race with each other.
 template <class T>

@@ -114,6 +114,13 @@ void wait_for_mbarrier(uint64_t* barrier, int parity) {
   acquire(b.completed[parity]);
 }
 
+bool test_mbarrier(uint64_t* barrier, int parity) {
+  Mbarrier& b = find(barrier, "mbarrier.test_wait");
+  if (b.phase == parity) return false;
+  acquire(b.completed[parity]);
+  return true;
+}
+
 void issue_bulk_copy(void* destination, const void* source, int bytes, uint64_t* barrier) {
   if (bytes % 16 || reinterpret_cast<uintptr_t>(destination) % 16 || reinterpret_cast<uintptr_t>(source) % 16)
     fail("cp.async.bulk: addresses and the number of bytes must be multiples of 16");

@@ -10,6 +10,7 @@ namespace emulation {
 void initialise_mbarrier(uint64_t* barrier, int arrivals);
 void arrive_at_mbarrier(uint64_t* barrier, int expected_bytes);
 void wait_for_mbarrier(uint64_t* barrier, int parity);
+bool test_mbarrier(uint64_t* barrier, int parity);  // whether a wait would return at once; then it is one
 void issue_bulk_copy(void* destination, const void* source, int bytes, uint64_t* barrier);
 
 void reset_mbarriers();  // at the start of a block

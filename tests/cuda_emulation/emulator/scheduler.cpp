@@ -30,8 +30,9 @@ struct Thread : ThreadView {
 std::vector<std::unique_ptr<Thread>> threads;  // reused by every block
 
 struct NamedBarrier {
-  std::vector<int> waiting;
-  Clocks released, completed;  // by those that wait, and by those of the last time
+  int arrived = 0;
+  std::vector<int> waiting;    // of these
+  Clocks released, completed;  // by those that arrived, and by those of the last time
 };
 
 struct Block {
@@ -188,21 +189,30 @@ void block_barrier() {
   wait_for("__syncthreads");
 }
 
-void named_barrier(int name, int thread_count) {
-  if (name < 1 || name > 15 || thread_count % kWarpSize) fail("bar.sync: a number from 1 to 15, and whole warps");
-  if (fault_here(Fault::kSkipBlockBarrier)) return;
+static NamedBarrier& arrive(int name, int thread_count, bool waits) {
+  if (name < 1 || name > 15 || thread_count % kWarpSize) fail("bar: a number from 1 to 15, and whole warps");
   start_clocks();
   NamedBarrier& barrier = block.named[name];
   release(barrier.released, /*early=*/false);
-  barrier.waiting.push_back(current->index);
-  if (static_cast<int>(barrier.waiting.size()) == thread_count) {
-    barrier.completed = std::move(barrier.released);
-    barrier.released.clear();
-    for (int index : barrier.waiting) wake(index);
-    barrier.waiting.clear();
-  }
+  if (waits) barrier.waiting.push_back(current->index);
+  if (++barrier.arrived < thread_count) return barrier;
+  barrier.arrived = 0;
+  barrier.completed = std::move(barrier.released);
+  barrier.released.clear();
+  for (int index : barrier.waiting) wake(index);
+  barrier.waiting.clear();
+  return barrier;
+}
+
+void named_barrier(int name, int thread_count) {
+  if (fault_here(Fault::kSkipBlockBarrier)) return;
+  NamedBarrier& barrier = arrive(name, thread_count, /*waits=*/true);
   wait_for("a named barrier");
   acquire(barrier.completed);
+}
+
+void arrive_at_named_barrier(int name, int thread_count) {
+  if (!fault_here(Fault::kSkipBlockBarrier)) arrive(name, thread_count, /*waits=*/false);
 }
 
 }  // namespace emulation

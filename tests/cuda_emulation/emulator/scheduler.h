@@ -65,7 +65,8 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void
 bool fault_here(Fault fault);
 
 void block_barrier();
-void named_barrier(int name, int threads);  // of some of the block's warps: bar.sync
+void named_barrier(int name, int threads);            // of some of the block's warps: bar.sync
+void arrive_at_named_barrier(int name, int threads);  // bar.arrive: as one of them, without waiting
 
 // Suspends the running thread until wake(index) is called; `what` is what the deadlock report says it waits for.
 void wait_for(const char* what);

@@ -55,8 +55,19 @@ void check(const SharedMatrix& m) {
   if (reinterpret_cast<uintptr_t>(m.start) % 16) fail("wgmma: an operand's address is not a multiple of 16");
 }
 
+int first_row() { return current->warp % 4 * 16 + current->lane / 4; }
+int first_pair() { return 2 * (current->lane % 4); }
+
+// From now on the operands in shared memory may be read. What four warps read, one checks.
+void check_operands(const Product& p) {
+  const int row = first_row(), pair = first_pair();
+  for (int i = 0; i < 4 && !p.registers; ++i) pair_of(*p.a, p.a_is_transposed, row + i % 2 * 8, pair + i / 2 * 8);
+  for (int g = 0; g < p.groups && current->warp % 4 == 0; ++g)
+    for (int k : {pair, pair + 8}) pair_of(p.b, p.b_is_transposed, 8 * g + current->lane / 4, k);
+}
+
 void compute(const Product& p) {
-  const int group = current->lane / 4, pair = 2 * (current->lane % 4), row = current->warp % 4 * 16 + group;
+  const int group = current->lane / 4, pair = first_pair(), row = first_row();
   uint32_t a[4];
   for (int i = 0; i < 4; ++i)
     a[i] = p.registers ? p.registers[i] : pair_of(*p.a, p.a_is_transposed, row + i % 2 * 8, pair + i / 2 * 8);
@@ -79,10 +90,12 @@ void issue_product(Half type, float (*d)[4], int groups, const SharedMatrix& a, 
   check(a);
   check(b);
   queues[current->index].open.push_back({type, d, groups, nullptr, a, a_is_transposed, b, b_is_transposed, add});
+  check_operands(queues[current->index].open.back());
 }
 void issue_product(Half type, float (*d)[4], int groups, const uint32_t (&a)[4], const SharedMatrix& b) {
   check(b);
   queues[current->index].open.push_back({type, d, groups, a, std::nullopt, false, b, true, true});
+  check_operands(queues[current->index].open.back());
 }
 void commit_products() {
   Queue& queue = queues[current->index];
