@@ -36,7 +36,7 @@ struct SelectionNoise {
   static constexpr int kKeysPerCall = 4;
 
   // With replacement. Two neighbouring groups share one Philox call: words 2 · (group % 2) and the next are the group's
-  // E and its uniform number. A sink is a group of its own, after the last. Dropout's counters are below 2^30 in word
+  // E and its uniform number. A sink is a group of its own, after the last. Dropout's counters are below 2^29 in word
   // 0.
   TA_HOST_DEVICE Philox4x32::Words group_counter(int64_t batch_head, int64_t row, int64_t group, int64_t sample) const {
     return counter(0x80000000u | static_cast<uint32_t>(group / kGroupsPerCall), batch_head, row, sample);

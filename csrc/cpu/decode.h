@@ -172,7 +172,7 @@ struct Decode {
     const Real keep_scale = static_cast<Real>(Dropout::keep_scale(p.dropout_p));
     const int row_in_call = static_cast<int>(row % Dropout::kRowsPerCall);
     for (int64_t group = round_down(key, kGroup); group < key + keys; group += kGroup) {
-      const auto call = dropout.words(batch_head, row, group);
+      const auto call = dropout.call(batch_head, row, group);
       for (int64_t j = larger(group, key); j < smaller(group + kGroup, key + keys); ++j) {
         weights[j - key] *= dropout.keeps(call, row_in_call, static_cast<int>(j - group)) ? keep_scale : Real{0};
       }

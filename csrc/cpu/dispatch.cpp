@@ -36,7 +36,7 @@ void write_keep_row(void* context, int64_t index) {
   const int64_t batch_head = p.dropout_batch_head(head / p.heads, head % p.heads);
   bool* keep = out + index * p.key_length;
   for (int64_t key = 0; key < p.key_length; key += Dropout::kKeysPerCall) {
-    const auto call = dropout.words(batch_head, row, key);
+    const auto call = dropout.call(batch_head, row, key);
     for (int i = 0; i < Dropout::kKeysPerCall && key + i < p.key_length; ++i) {
       keep[key + i] = dropout.keeps(call, static_cast<int>(row % Dropout::kRowsPerCall), i);
     }

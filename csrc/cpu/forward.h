@@ -20,10 +20,11 @@ constexpr int64_t kFewQueries = 16;  // see key_value_rows
 
 // The softmax stage: scores, here divided by score_factor, become weights (not yet divided by their sum), in place, and
 // the running sum is brought up to date. maximum is the new maximum, old_maximum what it was before this tile, divided
-// alike; rescale gets the factor for the output. With dropout, kept[key · kVectors + vector] says which weights stay.
+// alike; rescale gets the factor for the output. kept is dropout's.
 template <class Real, int kVectors, bool kDropout>
-TA_NOINLINE void softmax_tile(int64_t begin, int64_t end, Real score_factor, Real* scores, const Kept<Real>* kept,
-                              const Real* old_maximum, const Real* maximum, Real* sum, Real* rescale) {
+TA_NOINLINE void softmax_tile(int64_t begin, int64_t end, Real score_factor, Real* scores,
+                              KeptTile<Real, kVectors> kept, const Real* old_maximum, const Real* maximum, Real* sum,
+                              Real* rescale) {
   using Math = VectorMath<Real>;
   using Softmax = OnlineSoftmax<Math>;
   constexpr int n_lanes = kLanes<Real>, width = kVectors * n_lanes;
@@ -42,7 +43,7 @@ TA_NOINLINE void softmax_tile(int64_t begin, int64_t end, Real score_factor, Rea
       const Vec<Real> weight = Math::exp(load(place) - subtracted[n], score_factor);
       tile_sum[n] += weight;
       if constexpr (kDropout) {
-        store(place, kept_of(weight, kept[j * kVectors + n]));
+        store(place, kept_of(weight, kept.at(j, n)));
       } else {
         store(place, weight);
       }
@@ -78,7 +79,7 @@ struct Forward {
     Real *query, *out;                            // panels: [lane offset · dim][dim][lane]
     Real *maximum, *old_maximum, *sum, *rescale;  // [lane]
     Real *scores, *bias, *staging;                // one tile
-    Kept<Real>* kept;                             // of the same tile
+    uint32_t* dropout;                            // of the same tile
   };
 
   void run(int64_t item, Scratch& scratch) const {
@@ -99,7 +100,8 @@ struct Forward {
     for (Real** array : {&block.maximum, &block.old_maximum, &block.sum, &block.rescale})
       *array = scratch.take<Real>(lanes);
     block.scores = scratch.take<Real>(tile);
-    block.kept = scratch.take<Kept<Real>>(p.dropout_p > 0 ? tile / kLanes<Real> : 0);
+    block.dropout =
+        scratch.take<uint32_t>(p.dropout_p > 0 ? dropout_words(kForwardKeys, kDropoutRows<Real, kMaxVectors>) : 0);
     block.bias = scratch.take<Real>(stage.mask ? tile : 0);
     block.staging = scratch.take<Real>(stage.mask ? tile : 0);
     Real* key_scratch = scratch.take<Real>(kForwardKeys * p.head_dim);
@@ -180,16 +182,16 @@ struct Forward {
     if (in_place) prefetch_rows(value_rows, span.begin, span.end - span.begin, p.value_dim);
     score_tile<Real, kVectors, true>(stage, bias, span, p.head_dim, key_rows, block.query + offset * p.head_dim, row,
                                      key, block.scores, nullptr, maximum, between);
-    const auto softmax = [&]<bool kDropout>() TA_INLINE_LAMBDA {
-      softmax_tile<Real, kVectors, kDropout>(span.begin, span.end, stage.score_factor(), block.scores, block.kept,
+    const auto softmax = [&]<bool kDropout>(KeptTile<Real, kVectors> kept) TA_INLINE_LAMBDA {
+      softmax_tile<Real, kVectors, kDropout>(span.begin, span.end, stage.score_factor(), block.scores, kept,
                                              old_maximum, maximum, block.sum + offset, rescale);
     };
     if (p.dropout_p > 0) {
-      dropout_tile<Real, kVectors>(dropout, p.dropout_batch_head(block.batch, block.head), row, key + span.begin,
-                                   span.end - span.begin, block.kept + span.begin * kVectors);
-      softmax.template operator()<true>();
+      softmax.template operator()<true>(
+          dropout_tile<Real, kVectors>(dropout, p.dropout_batch_head(block.batch, block.head), row, key + span.begin,
+                                       span.end - span.begin, key, Real{1}, block.dropout));
     } else {
-      softmax.template operator()<false>();
+      softmax.template operator()<false>({});
     }
     if (block.at_once) {
       store_at_once(block, offset, width, span.end - span.begin,

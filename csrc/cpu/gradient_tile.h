@@ -9,12 +9,12 @@ namespace torch_attn::cpu::TORCH_ATTN_ISA {
 // In: weights holds s, the scores divided by score_factor, gradients holds g = grad_out·value. Out: the weights after
 // dropout, and the gradient
 //   P · (keep · g − delta) · derivative · factor,  P = exp(s · score_factor − logsumexp) · weight_scale,
-// where keep is dropout's scale or 0. dropout.kept, derivative and weight_scale are null where they are 1; kPlain says
+// where keep is dropout's scale or 0. dropout.words, derivative and weight_scale are null where they are 1; kPlain says
 // that all are.
 template <class Real, int kVectors, bool kPlain>
 TA_NOINLINE void weights_and_gradients(int64_t begin, int64_t end, Real score_factor, Real* weights, Real* gradients,
                                        const Real* logsumexp, const Real* delta, Real factor, const Real* weight_scale,
-                                       KeptTile<Real> dropout, const Real* derivative) {
+                                       KeptTile<Real, kVectors> dropout, const Real* derivative) {
   using Math = VectorMath<Real>;
   constexpr int n_lanes = kLanes<Real>, width = kVectors * n_lanes;
   Vec<Real> row_logsumexp[kVectors], row_delta[kVectors];
@@ -38,8 +38,8 @@ TA_NOINLINE void weights_and_gradients(int64_t begin, int64_t end, Real score_fa
       Vec<Real> weight = weight_from_exponent<Real>(exponent, weight_scale != nullptr);
       if (weight_scale != nullptr) weight *= load(weight_scale + n * n_lanes);
       Vec<Real> kept = weight;
-      if (dropout.kept != nullptr) {
-        const Kept<Real>& lanes = dropout.kept[j * kVectors + n];
+      if (dropout.words != nullptr) {
+        const Kept<Real> lanes = dropout.at(j, n);
         kept = kept_of(kept, lanes, dropout.scale);
         gradient = kept_of(gradient, lanes, dropout.scale);
       }
@@ -128,12 +128,12 @@ struct GradientTile {
                         const KeySpan& span, Real score_factor, Wanted wanted, Real* weights, Real* gradients,
                         Real* slope_gradient) const {
     const int64_t row = block.row + offset;
-    const auto kept = kept_tile<Real, kVectors>(p, dropout, block.batch, block.head, row, key, span, scratch.kept);
+    const auto kept = kept_tile<Real, kVectors>(p, dropout, block.batch, block.head, row, key, span, scratch.dropout);
     const Real* weight_scale = block.weight_scale == nullptr ? nullptr : block.weight_scale + offset;
     const Chain<Real> chain =
         stage.softcap ? Chain<Real>{1, scratch.derivative} : Chain<Real>{stage.mod.scale, nullptr};
     const Chain<Real> now = wanted == Wanted::kDotGradients && slope_gradient == nullptr ? chain : Chain<Real>{};
-    const bool plain = weight_scale == nullptr && kept.kept == nullptr && now.derivative == nullptr;
+    const bool plain = weight_scale == nullptr && kept.words == nullptr && now.derivative == nullptr;
     (plain ? weights_and_gradients<Real, kVectors, true>
            : weights_and_gradients<Real, kVectors, false>)(span.begin, span.end, score_factor, weights, gradients,
                                                            block.logsumexp + offset, block.delta + offset, now.factor,

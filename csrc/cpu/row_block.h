@@ -12,15 +12,17 @@ namespace torch_attn::cpu::TORCH_ATTN_ISA {
 constexpr int64_t kBackwardKeys = 96;  // keys per block
 constexpr int64_t kFewRows = 16;       // see key_value_rows
 
-// One tile's working memory: a panel with a block of keys, each array [key][lane] but kept, [key][vector].
+// One tile's working memory: a panel with a block of keys, each array [key][lane] but dropout's.
 template <class Real>
 struct TileScratch {
-  Kept<Real>* kept = nullptr;  // of vectors
+  uint32_t* dropout = nullptr;  // of KeptTile
   Real *bias = nullptr, *staging = nullptr, *derivative = nullptr;
 
   TileScratch(const AttentionProblem& p, Scratch& scratch) {
     constexpr int64_t size = kBackwardKeys * kMaxVectors * kLanes<Real>;
-    if (p.dropout_p > 0) kept = scratch.take<Kept<Real>>(size / kLanes<Real>);
+    if (p.dropout_p > 0) {
+      dropout = scratch.take<uint32_t>(dropout_words(kBackwardKeys, kDropoutRows<Real, kMaxVectors>));
+    }
     if (p.softcap != 0) derivative = scratch.take<Real>(size);
     if (p.attn_mask.defined()) {
       bias = scratch.take<Real>(size);
@@ -29,14 +31,15 @@ struct TileScratch {
   }
 };
 
-// The dropout of a panel that starts at row with the block's keys of span, in kept.
+// The dropout of a panel that starts at row with the block's keys of span, in words.
 template <class Real, int kVectors>
-TA_INLINE KeptTile<Real> kept_tile(const AttentionProblem& p, const Dropout& dropout, int64_t batch, int64_t head,
-                                   int64_t row, int64_t key, const KeySpan& span, Kept<Real>* kept) {
+TA_INLINE KeptTile<Real, kVectors> kept_tile(const AttentionProblem& p, const Dropout& dropout, int64_t batch,
+                                             int64_t head, int64_t row, int64_t key, const KeySpan& span,
+                                             uint32_t* words) {
   if (p.dropout_p == 0) return {};
-  dropout_tile<Real, kVectors>(dropout, p.dropout_batch_head(batch, head), row, key + span.begin, span.end - span.begin,
-                               kept + span.begin * kVectors);
-  return {kept, static_cast<Real>(Dropout::keep_scale(p.dropout_p))};
+  return dropout_tile<Real, kVectors>(dropout, p.dropout_batch_head(batch, head), row, key + span.begin,
+                                      span.end - span.begin, key, static_cast<Real>(Dropout::keep_scale(p.dropout_p)),
+                                      words);
 }
 
 // The bias tile for a panel that starts at row with the block's keys of span; false if it masks all of them.

@@ -11,10 +11,10 @@
 namespace torch_attn::cpu::TORCH_ATTN_ISA {
 
 // softmax_tile with tangents. In: scores and, unless null (zero), their tangents; out, in place: the weights after
-// dropout, without its scale, and those times the tangents. dropout[key · kVectors + vector] is null without dropout.
+// dropout, without its scale, and those times the tangents. dropout.words is null without dropout.
 template <class Real, int kVectors>
 TA_NOINLINE void tangent_softmax_tile(int64_t begin, int64_t end, Real* scores, Real* tangents,
-                                      const Kept<Real>* dropout, const Real* old_maximum, const Real* maximum,
+                                      KeptTile<Real, kVectors> dropout, const Real* old_maximum, const Real* maximum,
                                       Real* sum, Real* tangent_sum, Real* rescale) {
   using Math = VectorMath<Real>;
   using Softmax = OnlineSoftmax<Math>;
@@ -27,7 +27,7 @@ TA_NOINLINE void tangent_softmax_tile(int64_t begin, int64_t end, Real* scores, 
     for (int64_t j = begin; j < end; ++j) {
       const int64_t place = j * width + n * n_lanes;
       const Vec<Real> weight = Math::exp(load(scores + place) - subtracted);
-      const Vec<Real> kept = dropout == nullptr ? weight : kept_of(weight, dropout[j * kVectors + n]);
+      const Vec<Real> kept = dropout.words == nullptr ? weight : kept_of(weight, dropout.at(j, n));
       tile_sum += weight;
       store(scores + place, kept);
       if (tangents == nullptr) continue;
@@ -165,10 +165,11 @@ struct TangentForward {
                                        block.tile.derivative, nullptr);
       }
     }
-    const auto kept = kept_tile<Real, kVectors>(p, dropout, block.batch, block.head, row, key, span, block.tile.kept);
+    const auto kept =
+        kept_tile<Real, kVectors>(p, dropout, block.batch, block.head, row, key, span, block.tile.dropout);
     tangent_softmax_tile<Real, kVectors>(span.begin, span.end, block.scores,
-                                         changes.scores ? block.score_tangents : nullptr, kept.kept, old_maximum,
-                                         maximum, block.sum + offset, block.tangent_sum + offset, rescale);
+                                         changes.scores ? block.score_tangents : nullptr, kept, old_maximum, maximum,
+                                         block.sum + offset, block.tangent_sum + offset, rescale);
     combine<kVectors, true>(key_block.value, span, block.scores, block.out + offset * p.value_dim, rescale);
     Real* tangent_out = block.tangent_out + offset * p.value_dim;
     if (changes.scores) combine<kVectors, true>(key_block.value, span, block.score_tangents, tangent_out, rescale);

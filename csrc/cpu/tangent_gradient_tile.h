@@ -106,11 +106,11 @@ struct TangentStatistics {
 
 // With P = exp(score − logsumexp) · weight_scale, G = keep · grad_out·value − delta and t(P) = P · (t(score) −
 // t(logsumexp)): weights keep · P and keep · t(P), gradients P · G · factor and (t(P) · G + P · t(G)) · factor. keep is
-// dropout's scale or 0. kPlain says that dropout.kept and weight_scale are null.
+// dropout's scale or 0. kPlain says that dropout.words and weight_scale are null.
 template <class Real, int kVectors, bool kPlain>
 TA_NOINLINE void tangent_weights_and_gradients(int64_t begin, int64_t end, const TangentTile<Real>& tile,
                                                const TangentStatistics<Real>& row, Real factor,
-                                               KeptTile<Real> dropout) {
+                                               KeptTile<Real, kVectors> dropout) {
   constexpr int n_lanes = kLanes<Real>, width = kVectors * n_lanes;
 #pragma GCC unroll 4
   for (int n = 0; n < kVectors; ++n) {
@@ -125,8 +125,8 @@ TA_NOINLINE void tangent_weights_and_gradients(int64_t begin, int64_t end, const
       const Vec<Real> tangent = weighted<Real>(weight, load(tile.tangent_weights + place) - tangent_logsumexp);
       Vec<Real> gradient = load(tile.gradients + place), tangent_gradient = load(tile.tangent_gradients + place);
       Vec<Real> kept = weight, tangent_kept = tangent;
-      if (!kPlain && dropout.kept != nullptr) {
-        const Kept<Real>& lanes = dropout.kept[j * kVectors + n];
+      if (!kPlain && dropout.words != nullptr) {
+        const Kept<Real> lanes = dropout.at(j, n);
         kept = kept_of(kept, lanes, dropout.scale);
         tangent_kept = kept_of(tangent_kept, lanes, dropout.scale);
         gradient = kept_of(gradient, lanes, dropout.scale);
@@ -222,11 +222,11 @@ struct TangentGradientTile {
                         const KeySpan& span, Wanted wanted, const TangentTile<Real>& tile, Real* slope_gradient) const {
     constexpr int64_t width = kVectors * kLanes<Real>;
     const int64_t row = block.row + offset;
-    const auto kept = kept_tile<Real, kVectors>(p, dropout, block.batch, block.head, row, key, span, scratch.kept);
+    const auto kept = kept_tile<Real, kVectors>(p, dropout, block.batch, block.head, row, key, span, scratch.dropout);
     const Real* weight_scale = block.weight_scale == nullptr ? nullptr : block.weight_scale + offset;
     const TangentStatistics<Real> statistics{block.logsumexp + offset, block.tangent_logsumexp + offset,
                                              block.delta + offset, block.tangent_delta + offset, weight_scale};
-    const bool to_dots = wanted == Wanted::kDotGradients, plain = kept.kept == nullptr && weight_scale == nullptr;
+    const bool to_dots = wanted == Wanted::kDotGradients, plain = kept.words == nullptr && weight_scale == nullptr;
     const bool chain_later = to_dots && (stage.softcap || slope_gradient != nullptr);
     const Real factor = to_dots && !chain_later ? stage.mod.scale : Real{1};
     (plain

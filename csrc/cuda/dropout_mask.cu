@@ -7,7 +7,7 @@ namespace {
 
 constexpr int kThreads = 256, kKeys = Dropout::kKeysPerCall;
 
-// A thread writes the four keys of one row that share a Philox call.
+// A thread writes the eight keys of one row that share a Philox call.
 __global__ void __launch_bounds__(kThreads) dropout_mask_kernel(const __grid_constant__ AttentionProblem p, bool* out) {
   const int64_t groups = ceil_div(p.key_length, kKeys);
   const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
@@ -15,9 +15,10 @@ __global__ void __launch_bounds__(kThreads) dropout_mask_kernel(const __grid_con
   if (row_index >= p.batch * p.heads * p.query_length) return;
   const int64_t head = row_index / p.query_length, row = row_index % p.query_length;  // head: of B · Hq
   const uint32_t kept =
-      kept_of_call(make_dropout(p), dropout_batch_head(p, head / p.heads, head % p.heads), row, key) >>
-      row % Dropout::kRowsPerCall * kKeys;
-  for (int i = 0; i < kKeys && key + i < p.key_length; ++i) out[row_index * p.key_length + key + i] = kept >> i & 1;
+      kept_of_call(make_dropout(p), dropout_batch_head(p, head / p.heads, head % p.heads), row, key) >> row % 2;
+  for (int i = 0; i < kKeys && key + i < p.key_length; ++i) {
+    out[row_index * p.key_length + key + i] = kept >> (i % 2 * 16 + i % 4 / 2 * 8 + i / 4 * 2) & 1;
+  }
 }
 
 }  // namespace

@@ -60,13 +60,33 @@ TA_DEVICE int64_t dropout_batch_head(const AttentionProblem& p, int64_t batch, i
   return (batches > 0 ? batch % batches : batch) * p.heads + head;
 }
 
-// The weights that the Philox call of (row, key) keeps: bit 4 · (row % 2) + key % 4.
+// The weights that the Philox call of (row, key) keeps: bit 16 · (key % 2) + 8 · (key % 4 / 2) + 2 · (key % 8 / 4) +
+// row % 2. Dropout::keeps for the four bytes of a word at once: whether a byte is at least `least`, from 0 to 256, says
+// the majority of its top bit, that of the lower seven bits plus an addend of at most 0x80, and whether least < 128.
 TA_DEVICE uint32_t kept_of_call(const Dropout& dropout, int64_t dropout_head, int64_t row, int64_t key) {
-  const auto call = dropout.words(dropout_head, row, key);
+  const auto call = dropout.call(dropout_head, row, key);
+  const bool small = dropout.least_kept() < 128;
+  const int more = static_cast<int32_t>(call.shared) < dropout.shared_limit() ? 1 : 0;
+  const uint32_t addend = static_cast<uint32_t>((small ? 128 : 256) - dropout.least_kept() - more) * 0x01010101u;
+  const uint32_t third = small ? ~0u : 0u;
   uint32_t bits = 0;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) bits |= (dropout.keeps(call, i / 4, i % 4) ? 1u : 0u) << i;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t word = call.words.word[i ^ 1], sum = (word & 0x7F7F7F7Fu) + addend;
+    bits |= (((word & sum) | (word & third) | (sum & third)) & 0x80808080u) >> (7 - i);
+  }
   return bits;
+}
+
+// Lanes that need parts of one another's calls: where a call's bits come in fields of kWidth that belong in turn to the
+// lanes with and without bit kLane in their number, the fields come to belong to those lanes' calls, and all are the
+// lane's own. So lane bits take the places of row's and key's bits in kept_of_call's numbering.
+template <int kLane, int kWidth>
+TA_DEVICE uint32_t exchange_kept(uint32_t bits) {
+  constexpr uint32_t kFields = ~0u / ((1u << kWidth) + 1);  // every second one
+  const int own = threadIdx.x % 32 & kLane ? kWidth : 0, other = kWidth - own;
+  const uint32_t received = __shfl_xor_sync(~0u, bits >> other, kLane) << other, fields = kFields << own;
+  return (bits & fields) | (received & ~fields);
 }
 
 // alibi_slopes or sinks of one (batch, head).

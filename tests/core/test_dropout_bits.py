@@ -29,9 +29,9 @@ def test_share_of_dropped_weights_is_p(p: float) -> None:
     assert abs(dropped - p * count) < SIGMAS * math.sqrt(p * (1 - p) * count) + 1
 
 
-@pytest.mark.parametrize("p", [0.1, 0.5])
+@pytest.mark.parametrize("p", [2**-9, 0.1, 0.5])
 def test_share_is_p_in_every_place_of_a_call(p: float) -> None:
-    """A Philox call serves 2 rows × 4 keys; vectors and fragments of tensor cores, rows and keys modulo 16."""
+    """A Philox call serves 2 rows × 8 keys; vectors and fragments of tensor cores, rows and keys modulo 16."""
     keep = keep_mask(p).view(3, 4, 256 // 16, 16, 512 // 16, 16)
     share = keep.double().mean((0, 1, 2, 4))
     deviation = math.sqrt(p * (1 - p) / (keep.numel() / 256))
@@ -42,7 +42,8 @@ def test_share_is_p_in_every_place_of_a_call(p: float) -> None:
 @pytest.mark.parametrize(
     "step",
     [(0, 0, 0, 1), (0, 0, 0, 2), (0, 0, 0, 3), (0, 0, 0, 4), (0, 0, 1, 0), (0, 0, 1, 1), (0, 0, 1, 2)]
-    + [(0, 0, 2, 0), (0, 0, 8, 0), (0, 0, 0, 8), (0, 1, 0, 0), (1, 0, 0, 0)],
+    + [(0, 0, 0, 5), (0, 0, 0, 6), (0, 0, 0, 7), (0, 0, 1, 4), (0, 0, 2, 0), (0, 0, 8, 0), (0, 0, 0, 8)]
+    + [(0, 1, 0, 0), (1, 0, 0, 0)],
     ids=str,
 )
 def test_neighbours_are_independent(p: float, step: tuple[int, int, int, int]) -> None:
@@ -54,6 +55,20 @@ def test_neighbours_are_independent(p: float, step: tuple[int, int, int, int]) -
     p = rounded(p)
     covariance = ((here.double() - (1 - p)) * (there.double() - (1 - p))).mean().item()
     assert abs(covariance) < SIGMAS * p * (1 - p) / math.sqrt(here.numel())
+
+
+@pytest.mark.parametrize("p", [2**-9, 1 / 8 + 2**-9, 0.1, 0.5, 1 - 2**-9])
+def test_weights_that_share_bits_are_as_good_as_independent(p: float) -> None:
+    """The lower 8 bits are those of 2 rows × 8 keys: the covariance is 2^-16 times their variance."""
+    dropped = (~keep_mask(p)).view(3, 4, 128, 2, 64, 8).transpose(3, 4).reshape(-1, 16).double()
+    p, f = rounded(p), rounded(p) * 2**8 % 1
+    of_pairs = (dropped - p).T @ (dropped - p) / len(dropped)
+    expected, variance = 2**-16 * f * (1 - f), (p * (1 - p)) ** 2
+    either = torch.ones(16, 16).triu(1) == 1
+    deviations = (of_pairs[either] - expected) / math.sqrt((variance + expected) / len(dropped))
+    if p * (1 - p) > 0.01:  # else a pair has too few events to be normally distributed
+        assert deviations.abs().max() < SIGMAS + 1  # of 120 pairs
+    assert deviations.mean().abs() < SIGMAS / math.sqrt(120)
 
 
 def test_seeds_and_offsets_give_independent_bits() -> None:

@@ -25,10 +25,10 @@ def test_plain_philox_matches_random123s_known_answers() -> None:
     assert philox4x32([MASK] * 4, [MASK] * 2, rounds=7) == [0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662]
 
 
-@pytest.mark.parametrize("p", [2**-16, 0.1, 0.37, 1 - 2**-16])
+@pytest.mark.parametrize("p", [2**-16, 0.1, 0.37, 0.5, 0.6, 255 / 256, 1 - 2**-16, 1])
 @pytest.mark.parametrize("offset", [0, 2**32 - 3])
 def test_keep_mask_is_philox_at_the_documented_counter(offset: int, p: float) -> None:
-    batch, heads, rows, keys = 2, 3, 5, 11
+    batch, heads, rows, keys = 2, 3, 5, 19
     seed = int(torch.randint(2**62, ()))
     keep = torch.ops.torch_attn.dropout_keep_mask(torch.tensor([seed, offset, 0]), batch, heads, rows, keys, p)
     dropped = round(p * 2**16)  # of the 2^16 values, lowest first
@@ -37,11 +37,11 @@ def test_keep_mask_is_philox_at_the_documented_counter(offset: int, p: float) ->
             high = offset + b * heads + h
             for i in range(rows):
                 for j in range(keys):
-                    counter = [j // 4, i // 2, high & MASK, high >> 32]
+                    counter = [j // 8, i // 2, high & MASK, high >> 32]
                     words = philox4x32(counter, [seed & MASK, seed >> 32], rounds=7)
-                    bits = words[2 * (j % 4 // 2) + 1 - i % 2] >> 16 * (j % 2) & 0xFFFF
-                    number = bits - 2**16 if bits >= 2**15 else bits
-                    assert keep[b, h, i, j].item() == (number >= dropped - 2**15)
+                    own = words[2 * (j % 8 // 4) + 1 - i % 2] >> 8 * (2 * (j % 2) + j % 4 // 2) & 0xFF
+                    shared = philox4x32(counter, [seed & MASK, seed >> 32], rounds=6)[0] >> 24 ^ 0x80
+                    assert keep[b, h, i, j].item() == (own << 8 | shared >= dropped)
 
 
 def test_a_batch_period_repeats_the_bits() -> None:

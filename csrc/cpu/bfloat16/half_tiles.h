@@ -71,10 +71,10 @@ class PlainHalfTiles {
  public:
   // logsumexp and delta are the panel's.
   TA_INLINE PlainHalfTiles(const KeySpan& span, float score_factor, const float* scores, const float* value_dots,
-                           const float* logsumexp, const float* delta, float factor, KeptTile<float> dropout,
-                           const HalfTiles& to)
+                           const float* logsumexp, const float* delta, float factor,
+                           KeptTile<float, kAmxVectors> dropout, const HalfTiles& to)
       : to_(to),
-        kept_(dropout.kept),
+        dropout_(dropout),
         scores_(scores),
         value_dots_(value_dots),
         score_factor_(score_factor),
@@ -117,7 +117,7 @@ class PlainHalfTiles {
         weight[i][n] = exp_for<Stored>(load(scores_ + place) * score_factor_ - logsumexp_[n]);
         Vec<float> difference = load(value_dots_ + place) - delta_[n];
         if constexpr (kDropout) {
-          kept[n] = kept_[(j + i) * kAmxVectors + n].lanes;
+          kept[n] = dropout_.at(j + i, n).lanes;
           difference = _mm512_mask_sub_ps(-delta_[n], kept[n], load(value_dots_ + place), delta_[n]);
         }
         gradient[i][n] = weight[i][n] * difference * factor_;
@@ -136,7 +136,7 @@ class PlainHalfTiles {
   }
 
   HalfTiles to_{};
-  const Kept<float>* kept_ = nullptr;
+  KeptTile<float, kAmxVectors> dropout_{};
   const float *scores_ = nullptr, *value_dots_ = nullptr;
   float score_factor_ = 0, factor_ = 0;
   int64_t begin_ = 0, next_ = 0, end_ = 0;

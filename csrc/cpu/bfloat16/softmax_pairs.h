@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../../core/online_softmax.h"
+#include "dropout_beside.h"
 #include "panel.h"
 
 namespace torch_attn::cpu::TORCH_ATTN_ISA {
@@ -42,18 +43,15 @@ TA_INLINE bool settle_maximum(const float* old_maximum, float* maximum, float* r
 }
 
 // Scores (divided by factor) of keys [begin, end) become weights, stored as the pairs of a B operand that starts at key
-// begin and has pieces of kAmxKeys keys; sums are brought up to date. kept is DropoutPairs'. Done in parts beside tile
-// products, of which each step of one 2 × 2 block takes kParts: pairs of keys, for one vector of lanes.
+// begin and has pieces of kAmxKeys keys; sums are brought up to date. words are KeptTile's, from key begin on. Done in
+// parts beside tile products, of which each step of one 2 × 2 block takes kParts: pairs of keys, for one vector of
+// lanes.
 template <class Stored, bool kDropout, int kParts = 0>
 class SoftmaxPairs {
  public:
-  TA_INLINE SoftmaxPairs(int64_t begin, int64_t end, float factor, const float* scores, const uint32_t* kept,
+  TA_INLINE SoftmaxPairs(int64_t begin, int64_t end, float factor, const float* scores, const uint32_t* words,
                          const float* maximum, uint16_t* pairs)
-      : factor_(factor),
-        scores_(scores + begin * kAmxLanes),
-        kept_(kept + begin / 2),
-        pairs_(pairs),
-        count_((end - begin) / 2) {
+      : factor_(factor), scores_(scores + begin * kAmxLanes), words_(words), pairs_(pairs), count_((end - begin) / 2) {
 #pragma GCC unroll 2
     for (int n = 0; n < kAmxVectors; ++n) {
       subtracted_[n] = OnlineSoftmax<VectorMath<float>>::safe_maximum(load(maximum + n * kLanes<float>));
@@ -67,7 +65,7 @@ class SoftmaxPairs {
     add_parts<parts_before(kSlot, kSlots, kParts), parts_before(kSlot + 1, kSlots, kParts)>();
   }
   TA_INLINE void finish(const float* rescale, float* sum) {
-    while (done_ < count_) add_parts<0, kAmxVectors>();
+    while (done_ < count_) add_parts<0, kPairsPerWord * kAmxVectors>();
 #pragma GCC unroll 2
     for (int n = 0; n < kAmxVectors; ++n) {
       float* total = sum + n * kLanes<float>;
@@ -76,18 +74,19 @@ class SoftmaxPairs {
   }
 
  private:
-  static_assert(kParts % kAmxVectors == 0);
+  static constexpr int kPairsPerWord = Dropout::kKeysPerWord / 2;
+  static_assert(kParts % (kPairsPerWord * kAmxVectors) == 0);
 
   template <int kFirst, int kLast>
   TA_INLINE void add_parts() {
     if constexpr (kFirst < kLast) {
-      if (done_ < count_) add_pair<kFirst % kAmxVectors>();
+      if (done_ < count_) add_pair<kFirst % kAmxVectors, kFirst / kAmxVectors % kPairsPerWord>();
       if constexpr (kFirst % kAmxVectors == kAmxVectors - 1) ++done_;
       add_parts<kFirst + 1, kLast>();
     }
   }
 
-  template <int n>
+  template <int n, int kPair>
   TA_INLINE void add_pair() {
     constexpr int n_lanes = kLanes<float>;
     constexpr int64_t kPieceStride = kAmxKeys * kAmxLanes;
@@ -98,7 +97,8 @@ class SoftmaxPairs {
     odd_sum_[n] += odd;
     uint16_t* to = pairs_ + 2 * done_ * kAmxLanes + 2 * n * n_lanes;
     if constexpr (kDropout) {
-      store_pairs<Stored>(to, kPieceStride, even, odd, kept_[n * kAmxKeys / 2 + done_]);
+      store_pairs<Stored>(to, kPieceStride, even, odd,
+                          kept_pairs<kPair>(words_ + done_ / kPairsPerWord * kAmxLanes + n * n_lanes));
     } else {
       store_pairs<Stored>(to, kPieceStride, even, odd);
     }
@@ -106,7 +106,7 @@ class SoftmaxPairs {
 
   float factor_ = 0;
   const float* scores_ = nullptr;
-  const uint32_t* kept_ = nullptr;
+  const uint32_t* words_ = nullptr;
   uint16_t* pairs_ = nullptr;
   int64_t count_ = 0, done_ = 0;
   Vec<float> subtracted_[kAmxVectors]{}, even_sum_[kAmxVectors]{}, odd_sum_[kAmxVectors]{};

@@ -113,7 +113,7 @@ struct AmxWalk {
     for (Tile& memory : tiles) {
       memory.scores = scratch.take<float>(panel_size);
       memory.gradients = scratch.take<float>(panel_size);
-      if (p.dropout_p > 0) memory.kept = scratch.take<Kept<float>>(key_block_size * kAmxVectors);
+      if (p.dropout_p > 0) memory.words = scratch.take<uint32_t>(dropout_words(key_block_size, kAmxLanes));
     }
     half_tiles.piece_stride = kGroupPanels * panel_size;
     half_tiles.weights = scratch.take<uint16_t>(kPieces * half_tiles.piece_stride);
@@ -140,7 +140,8 @@ struct AmxWalk {
     int64_t offset;
     KeySpan span;
     float *scores, *gradients;  // [key][lane]; scores are divided by factor
-    Kept<float>* kept = nullptr;
+    uint32_t* words = nullptr;  // of dropout
+    KeptTile<float, kAmxVectors> kept;
     float factor;
     HalfTiles half;
   };
@@ -241,7 +242,7 @@ struct AmxWalk {
                  (effect == MaskEffect::kSome ? masked.squares(span) : 0));
     ask.ask();
     if (is_plain(stage))
-      kept_tile<float, kAmxVectors>(p, tile.dropout, batch, block.head, row, keys.key, span, now.kept);
+      now.kept = kept_tile<float, kAmxVectors>(p, tile.dropout, batch, block.head, row, keys.key, span, now.words);
     if (waiting != nullptr && is_plain(stage)) {
       const auto multiply = [&]<int kParts>() TA_INLINE_LAMBDA {
         (this->*(p.dropout_p > 0 ? &AmxWalk::multiply_beside<true, kParts> : &AmxWalk::multiply_beside<false, kParts>))(
@@ -312,12 +313,8 @@ struct AmxWalk {
             block.logsumexp + from.offset,
             block.delta + from.offset,
             stage.mod.scale,
-            kept_of_tile(from),
+            from.kept,
             from.half};
-  }
-  KeptTile<float> kept_of_tile(const Tile& from) const {
-    if (p.dropout_p == 0) return {};
-    return {from.kept, static_cast<float>(Dropout::keep_scale(p.dropout_p))};
   }
 
   // Finishes a panel that waits.

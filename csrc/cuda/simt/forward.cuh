@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreads)
     Real weight[kPerThread][kPerThread] = {};
     multiply_transposed(weight, shared, query, row, key, first);
     const bool tested = !score.unmasked(row, row_end, first, first + kTile);
-    uint32_t pair = 0;  // of rows' dropout bits
+    const uint32_t kept = score.dropout_on ? kept_of_rows(score, row + thread_y() * kPerThread, first) : ~0u;
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
       const int64_t r = row + thread_y() * kPerThread + i;
@@ -60,15 +60,13 @@ __global__ void __launch_bounds__(kThreads)
       largest = row_max(largest);
       const Real rescale = Softmax::rescale(maximum[i], largest), safe = Softmax::safe_maximum(largest);
       maximum[i] = largest;
-      if (i % 2 == 0) pair = score.dropout_on ? kept_of_rows(score, r, first) : ~0u;
-      const uint32_t kept = pair >> 4 * (i % 2);
       Real partial = 0;
 #pragma unroll
       for (int j = 0; j < kPerThread; ++j) {
         const Real w = Math<Real>::exp(weight[i][j] - safe);
         partial += w;
         shared.weights[(thread_y() * kPerThread + i) * shared.kWeightPitch + thread_x() + kSide * j] =
-            kept >> 8 * j & 1 ? w : 0;
+            kept >> (8 * j + i) & 1 ? w : 0;
       }
       sum[i] = sum[i] * rescale + row_sum(partial);
 #pragma unroll

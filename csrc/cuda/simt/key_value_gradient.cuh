@@ -48,21 +48,21 @@ __global__ void __launch_bounds__(kThreads)
       if (want_key) multiply_transposed(grad_weight, shared, value, first, grad_out, row);
       const bool tested = !score.unmasked(row, row_end, first, first + kTile);
       const BackwardRows<Real> rows(score, t, statistics, row);
-      const uint32_t all_kept = score.dropout_on ? kept_of_key_rows(score, first + thread_y() * kPerThread, row) : ~0u;
+      const uint32_t kept = score.dropout_on ? kept_of_key_rows(score, first + thread_y() * kPerThread, row) : ~0u;
 #pragma unroll
       for (int j = 0; j < kPerThread; ++j) {
         const int64_t r = row + thread_x() + kSide * j;
         const BackwardRow<Real> stats = rows[thread_x() + kSide * j];
-        const uint32_t kept = all_kept >> 8 * j;
 #pragma unroll
         for (int i = 0; i < kPerThread; ++i) {
           const int64_t k = first + thread_y() * kPerThread + i;
           const Real capped = score.mod.capped(dot[i][j]);
           const Real weight = stats.weight(score.score(capped, r, k, tested));
-          const Real grad_score = weight * (score.dropped(grad_weight[i][j], kept >> i & 1) - stats.delta);
+          const Real grad_score =
+              weight * (score.dropped(grad_weight[i][j], is_kept_of_key_rows(kept, i, j)) - stats.delta);
           dot[i][j] = grad_score * score.mod.capped_derivative(capped);
           shared.weights[(thread_y() * kPerThread + i) * shared.kWeightPitch + thread_x() + kSide * j] =
-              kept >> i & 1 ? weight : 0;
+              is_kept_of_key_rows(kept, i, j) ? weight : 0;
         }
       }
       if (want_value) multiply(grad_value, shared, grad_out, row, column);

@@ -51,17 +51,15 @@ __global__ void __launch_bounds__(kThreads)
           Real dot[kPerThread][kPerThread] = {}, grad_weight[kPerThread][kPerThread] = {};
           multiply_transposed(dot, shared, query, row, key, first);
           multiply_transposed(grad_weight, shared, grad_out, row, value, first);
-          uint32_t pair = 0;  // of rows' dropout bits
+          const uint32_t kept = score.dropout_on ? kept_of_rows(score, row + thread_y() * kPerThread, first) : ~0u;
 #pragma unroll
           for (int i = 0; i < kPerThread; ++i) {
             const int64_t r = row + thread_y() * kPerThread + i;
             const BackwardRow<Real> stats = tile_rows[thread_y() * kPerThread + i];
-            if (i % 2 == 0) pair = score.dropout_on ? kept_of_rows(score, r, first) : ~0u;
-            const uint32_t kept = pair >> 4 * (i % 2);
 #pragma unroll
             for (int j = 0; j < kPerThread; ++j) {
               const Real s = score.score(score.mod.capped(dot[i][j]), r, first + thread_x() + kSide * j, true);
-              sum[i][j] += stats.weight(s) * (score.dropped(grad_weight[i][j], kept >> 8 * j & 1) - stats.delta);
+              sum[i][j] += stats.weight(s) * (score.dropped(grad_weight[i][j], kept >> (8 * j + i) & 1) - stats.delta);
             }
           }
         }

@@ -46,18 +46,16 @@ __global__ void __launch_bounds__(kThreads)
     multiply_transposed(dot, shared, query, row, key, first);
     multiply_transposed(grad_weight, shared, grad_out, row, value, first);
     const bool tested = !score.unmasked(row, row_end, first, first + kTile);
-    uint32_t pair = 0;  // of rows' dropout bits
+    const uint32_t kept = score.dropout_on ? kept_of_rows(score, row + thread_y() * kPerThread, first) : ~0u;
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
       const int64_t r = row + thread_y() * kPerThread + i;
-      if (i % 2 == 0) pair = score.dropout_on ? kept_of_rows(score, r, first) : ~0u;
-      const uint32_t kept = pair >> 4 * (i % 2);
 #pragma unroll
       for (int j = 0; j < kPerThread; ++j) {
         const int64_t k = first + thread_x() + kSide * j;
         const Real capped = score.mod.capped(dot[i][j]);
         const Real weight = rows[i].weight(score.score(capped, r, k, tested));
-        const Real grad_score = weight * (score.dropped(grad_weight[i][j], kept >> 8 * j & 1) - rows[i].delta);
+        const Real grad_score = weight * (score.dropped(grad_weight[i][j], kept >> (8 * j + i) & 1) - rows[i].delta);
         if (t.grad_alibi_slopes) grad_slope[i] += grad_score * score.alibi_derivative(r, k);
         shared.weights[(thread_y() * kPerThread + i) * shared.kWeightPitch + thread_x() + kSide * j] =
             grad_score * score.mod.capped_derivative(capped);

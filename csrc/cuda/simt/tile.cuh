@@ -222,26 +222,26 @@ TA_DEVICE Real row_max(Real x) {
   return x;
 }
 
-// Dropout bits of this thread's keys x + 16j, in a tile that starts at `key`, in one even row (bit 8j) and the next
-// (bit 8j + 4). Four neighbours need the same four Philox calls: each makes one and they exchange the results.
+// Dropout bits of this thread's keys x + 16j, in a tile that starts at `key`, and its four rows, `row` the first: bit
+// 8j + i. Eight neighbours need the same eight Philox calls: each makes one and they exchange the results.
 template <class Real>
 TA_DEVICE uint32_t kept_of_rows(const HeadScore<Real>& head, int64_t row, int64_t key) {
-  const int x = thread_x(), place = x % 4;
-  uint32_t kept = kept_of_call(head.dropout, head.dropout_head, row, key + x + kSide * place) << 8 * place;
-#pragma unroll
-  for (int step = 1; step < 4; step *= 2) kept |= __shfl_xor_sync(~0u, kept, step);
-  return kept >> place;
+  const int x = thread_x(), group = (x & 1) * 2 + (x / 2 & 1), pair = x / 4 & 1;
+  uint32_t kept = kept_of_call(head.dropout, head.dropout_head, row + 2 * pair, key + x / 8 * 8 + kSide * group);
+  kept = exchange_kept<1, 16>(kept);
+  kept = exchange_kept<2, 8>(kept);
+  return exchange_kept<4, 2>(kept);
 }
 
-// Where rows are keys, `key` the first of the thread's four: bit 8j + i is key i in row x + 16j of the tile that starts
-// at `row`. Two neighbours need the same four calls.
+// Where rows are keys, `key` the first of the thread's four: key i in row x + 16j of the tile that starts at `row`.
+// Four threads, neighbours in both directions, need the same four calls.
+TA_DEVICE bool is_kept_of_key_rows(uint32_t kept, int i, int j) { return kept >> (i % 2 * 16 + i / 2 * 8 + j) & 1; }
 template <class Real>
 TA_DEVICE uint32_t kept_of_key_rows(const HeadScore<Real>& head, int64_t key, int64_t row) {
-  const int x = thread_x(), odd = x % 2;
-  const auto call = [&](int j) { return kept_of_call(head.dropout, head.dropout_head, row + x + kSide * j, key); };
-  uint32_t kept = (call(odd) | call(odd + 2) << 16) << 8 * odd;
-  kept |= __shfl_xor_sync(~0u, kept, 1);
-  return kept >> 4 * odd;
+  const int x = thread_x(), group = thread_y() % 2 * 2 + x % 2;
+  uint32_t kept = kept_of_call(head.dropout, head.dropout_head, row + x + kSide * group, key);
+  kept = exchange_kept<1, 1>(kept);
+  return exchange_kept<16, 2>(kept);
 }
 
 // Writes this thread's part of a 64 x kColumns result, times `factor`. `first`: the batch entry's first row.

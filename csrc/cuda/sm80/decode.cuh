@@ -155,20 +155,20 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
     if (kFull && score[0].dropout_on) {
-      // Neighbouring rows may be of different heads. Two lanes hold a call's keys, in both of their rows: each lane
-      // makes the call of one row and hands it to the other.
-      const int odd = lane & 1;
-      const int64_t dropout_head = odd ? score[1].dropout_head : score[0].dropout_head;
-      const int64_t row = odd ? place[1].row : place[0].row;
+      // Neighbouring rows may be of different heads. Four lanes hold a call's keys, in both of their rows and groups:
+      // each lane makes the call of one row and group, and bits go round (head_score.cuh).
+      static_assert(kGroups == 2);
+      const int half = lane & 1, group = lane / 2 & 1;
+      const int64_t dropout_head = half ? score[1].dropout_head : score[0].dropout_head;
+      const int64_t row = half ? place[1].row : place[0].row;
+      uint32_t kept = kept_of_call(score[0].dropout, dropout_head, row, first + 8 * group) >> row % 2;
+      kept = exchange_kept<1, 8>(kept);
+      kept = exchange_kept<2, 2>(kept);
 #pragma unroll
-      for (int n = 0; n < kGroups; ++n) {
-        const uint32_t mine = kept_of_call(score[0].dropout, dropout_head, row, first + 8 * n + 2 * (lane % 4)) >>
-                              4 * (row % Dropout::kRowsPerCall);
-        const uint32_t other = __shfl_xor_sync(~0u, mine, 1);
+      for (int n = 0; n < kGroups; ++n)
 #pragma unroll
         for (int e = 0; e < 4; ++e)
-          if (!((e / 2 == odd ? mine : other) >> (2 * odd + e % 2) & 1)) x[0][n][e] = 0;
-      }
+          if (!(kept >> (e % 2 * 16 + e / 2 * 8 + n * 2) & 1)) x[0][n][e] = 0;
     }
     multiply<1, kDim>(result, x, stage.value, 0);
   }

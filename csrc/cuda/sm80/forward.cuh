@@ -129,10 +129,10 @@ __global__ void __launch_bounds__(kThreads)
         uint32_t kept = 0;
 #pragma unroll
         for (int n = 0; n < kGroups; ++n) {
-          if (n % 2 == 0) kept = kept_of_query_rows(score, row + warp_row + 16 * m, first + 8 * n);
+          if (n % 4 == 0) kept = kept_of_query_rows(score, row + warp_row + 16 * m, first + 8 * n);
 #pragma unroll
           for (int e = 0; e < 4; ++e)
-            if (!is_kept(kept, n, e)) x[m][n][e] = 0;
+            if (!is_kept_in_query_rows(kept, n, e)) x[m][n][e] = 0;
         }
       }
     }

@@ -62,15 +62,15 @@ TA_DEVICE void weights_and_gradients(float (&x)[1][kGroups][4], float (&grad)[1]
       }
     }
   } else {
-    static_assert(kGroups <= 8, "two fragments' bits leave room for those of three such pairs");
-    uint32_t kept = 0;  // of fragments n and n + 1 from bit n on
+    static_assert(kGroups % 4 == 0 && kGroups <= 8);
+    uint32_t kept = 0;
     if (score.dropout_on) {
 #pragma unroll
       for (int n = 0; n < kGroups; ++n) {
-        if (n % 2 == 0) kept |= (kept_of_key_rows(score, key, row + 8 * n) & 0x03030303u) << n;
+        if (n % 4 == 0) kept |= kept_of_key_rows(score, key, row + 8 * n) << n;
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          grad[0][n][i] = is_kept(kept >> n / 2 * 2, n, i) ? grad[0][n][i] * score.keep_scale : 0.0f;
+          grad[0][n][i] = is_kept_in_key_rows(kept, n, i) ? grad[0][n][i] * score.keep_scale : 0.0f;
       }
     }
     as_rows(x, [&](auto& scores) {
@@ -92,7 +92,7 @@ TA_DEVICE void weights_and_gradients(float (&x)[1][kGroups][4], float (&grad)[1]
       for (int n = 0; n < kGroups; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          if (!is_kept(kept >> n / 2 * 2, n, i)) x[0][n][i] = 0;
+          if (!is_kept_in_key_rows(kept, n, i)) x[0][n][i] = 0;
     }
   }
 }

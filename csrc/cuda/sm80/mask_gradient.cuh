@@ -80,10 +80,11 @@ __global__ void __launch_bounds__(kThreads)
         uint32_t kept = ~0u;
 #pragma unroll
         for (int n = 0; n < kMapGroups; ++n) {
-          if (score.dropout_on && n % 2 == 0) kept = kept_of_query_rows(score, row + warp_row, first + 8 * n);
+          if (score.dropout_on && n % 4 == 0) kept = kept_of_query_rows(score, row + warp_row, first + 8 * n);
 #pragma unroll
           for (int e = 0; e < 4; ++e)
-            sum[0][n][e] += x[0][n][e] * (score.dropped(grad[0][n][e], is_kept(kept, n, e)) - rows[e / 2].delta);
+            sum[0][n][e] +=
+                x[0][n][e] * (score.dropped(grad[0][n][e], is_kept_in_query_rows(kept, n, e)) - rows[e / 2].delta);
         }
       });
   store_mask_gradient(block, t.grad_attn_mask, memory, sum);

@@ -90,12 +90,12 @@ __global__ void __launch_bounds__(kThreads)
     if constexpr (kFull) {
       if (score.dropout_on) {
 #pragma unroll
-        for (int n = 0; n < kGroups; n += 2) {
+        for (int n = 0; n < kGroups; n += 4) {
           const uint32_t kept = kept_of_query_rows(score, row + warp_row, first + 8 * n);
 #pragma unroll
-          for (int i = 0; i < 8; ++i) {
+          for (int i = 0; i < 16; ++i) {
             float& element = grad[0][n + i / 4][i % 4];
-            element = is_kept(kept, n + i / 4, i % 4) ? element * score.keep_scale : 0.0f;
+            element = is_kept_in_query_rows(kept, i / 4, i % 4) ? element * score.keep_scale : 0.0f;
           }
         }
       }

@@ -72,33 +72,32 @@ TA_DEVICE float softmax_row(float (&x)[kGroups][4], int half, float& maximum, fl
   return rescale;
 }
 
-// Dropout bits of two neighbouring accumulator fragments, 2n and 2n + 1, for all their elements i = 2 · half + e.
-TA_DEVICE bool is_kept(uint32_t kept, int n, int i) { return kept >> (n % 2 * 16 + i / 2 * 8 + i % 2) & 1; }
-
-// Where rows are queries, from `row` on, and columns keys, from `key` on. A Philox call's two rows and four keys belong
-// to four lanes, each of which holds as much of three other calls, those of the other half and the other fragment: each
-// lane makes one of the four calls, and bits go round.
+// Dropout bits of four accumulator fragments, of which n is the first, for all their elements i = 2 · half + e. A
+// Philox call's two rows and eight keys belong to eight lanes, each of which holds as much of seven other calls, those
+// of the other half and the other fragments: each lane makes one of the eight calls, and bits go round.
+//
+// Where rows are queries, from `row` on, and columns keys, from `key` on:
+TA_DEVICE bool is_kept_in_query_rows(uint32_t kept, int n, int i) {
+  return kept >> (i % 2 * 16 + i / 2 * 8 + n % 4) & 1;
+}
 TA_DEVICE uint32_t kept_of_query_rows(const HeadScore<float>& score, int64_t row, int64_t key) {
-  const int lane = lane_index(), odd_key = lane & 1, odd_row = lane / 4 & 1;  // the lane's place; its call:
-  const int half = odd_key, fragment = odd_row;
-  uint32_t kept =
-      kept_of_call(score.dropout, score.dropout_head, row + 8 * half + lane / 4, key + 8 * fragment + 2 * (lane % 4))
-      << (16 * fragment + 8 * half);
-  kept |= __shfl_xor_sync(~0u, kept, 1);
-  kept |= __shfl_xor_sync(~0u, kept, 4);
-  return kept >> (4 * odd_row + 2 * odd_key);
+  const int lane = lane_index(), half = lane & 1, fragment = (lane & 2) + (lane / 4 & 1);
+  uint32_t kept = kept_of_call(score.dropout, score.dropout_head, row + 8 * half + lane / 4, key + 8 * fragment);
+  kept = exchange_kept<1, 8>(kept);
+  kept = exchange_kept<2, 2>(kept);
+  return exchange_kept<4, 1>(kept);
 }
 
-// The same where rows are keys and columns queries: the call's four keys belong to four lanes, its rows to each.
+// Where rows are keys and columns queries. Bits of four further fragments fit beside these, shifted by 4.
+TA_DEVICE bool is_kept_in_key_rows(uint32_t kept, int n, int i) {
+  return kept >> (n % 4 / 2 * 16 + i / 2 * 8 + n / 4 * 4 + n % 2 * 2 + i % 2) & 1;
+}
 TA_DEVICE uint32_t kept_of_key_rows(const HeadScore<float>& score, int64_t key, int64_t row) {
-  const int lane = lane_index(), place = lane / 4 % 4, half = place & 1, fragment = place / 2;
-  uint32_t kept =
-      kept_of_call(score.dropout, score.dropout_head, row + 8 * fragment + 2 * (lane % 4), key + 8 * half + lane / 4)
-      << (16 * fragment + 8 * half);
-  kept |= __shfl_xor_sync(~0u, kept, 4);
-  kept |= __shfl_xor_sync(~0u, kept, 8);
-  kept >>= place;
-  return (kept & 0x01010101u) | (kept >> 3 & 0x02020202u);
+  const int lane = lane_index(), half = lane / 8 & 1, fragment = (lane / 4 & 1) * 2 + lane / 16;
+  uint32_t kept = kept_of_call(score.dropout, score.dropout_head, row + 8 * fragment + 2 * (lane % 4), key + 8 * half);
+  kept = exchange_kept<4, 16>(kept);
+  kept = exchange_kept<8, 8>(kept);
+  return exchange_kept<16, 2>(kept);
 }
 
 }  // namespace torch_attn::cuda::sm80
