@@ -59,8 +59,8 @@ alignas(32) constexpr int32_t kPlacesOfKey[4][8] = {TA_PLACES(0), TA_PLACES(0x02
 #undef TA_PLACES
 #endif
 
-// What a vector of words says of key % 4: its byte is not 0 where the row's weight is dropped; but on AVX-512, it is
-// 0xFF.
+// What a vector of words says of key % 4, whose byte is 0 where the weight of a row is kept; otherwise, but on AVX-512,
+// it is 0xFF.
 TA_INLINE void load_kept(const uint32_t* words, int key, Kept<float>& kept) {
 #if defined(__AVX512F__)
   kept.lanes = _mm512_testn_epi32_mask(_mm512_loadu_si512(words), _mm512_set1_epi32(kByteOfKey[key]));

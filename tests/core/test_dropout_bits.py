@@ -66,7 +66,8 @@ def test_weights_that_share_bits_are_as_good_as_independent(p: float) -> None:
     expected, variance = 2**-16 * f * (1 - f), (p * (1 - p)) ** 2
     either = torch.ones(16, 16).triu(1) == 1
     deviations = (of_pairs[either] - expected) / math.sqrt((variance + expected) / len(dropped))
-    assert deviations.abs().max() < SIGMAS + 1  # of 120 pairs
+    if p * (1 - p) > 0.01:  # else a pair has too few events to be normally distributed
+        assert deviations.abs().max() < SIGMAS + 1  # of 120 pairs
     assert deviations.mean().abs() < SIGMAS / math.sqrt(120)
 
 

@@ -24,7 +24,7 @@ class DropoutBeside {
     add_parts<parts_before(kSlot, kSlots, kParts), parts_before(kSlot + 1, kSlots, kParts)>();
   }
   TA_INLINE void finish() {
-    for (; next_ < end_; ++next_, words_ += kWords) philox_.drop<kAmxVectors>(rows_, groups_, next_, words_, kAmxLanes);
+    while (next_ < end_) add_parts<0, kAmxVectors>();
   }
 
  private:
