@@ -1,5 +1,6 @@
 // Products of float32 matrices, which the module's projections are made of: their whole interface. Included by
-// ops/cpu/projection.cpp, product_dispatch.cpp and bfloat16/matrix_product.h. No Torch type appears here.
+// ops/cpu/projection.cpp, product_dispatch.cpp and bfloat16/matrix_product.h. No Torch type appears here. Numbers below
+// 2^-110 lose bits (bfloat16/pieces.h).
 #pragma once
 
 #include <cstdint>
@@ -23,8 +24,8 @@ struct MatrixProduct {
   const float* bias = nullptr;  // (columns), added to each row; null: none
 };
 
-// Whether the instruction set in use has a kernel for it that is faster than a BLAS's, for products of these sizes and
-// those of their gradients; or one at all, where the instruction set is forced. AMX alone has.
+// Whether the instruction set in use has a kernel that is faster than MKL's for a product of these sizes and, taken
+// together, those that its gradients are; or one at all, where the instruction set is forced. AMX alone has.
 bool gains_by_product(int64_t rows, int64_t columns, int64_t depth);
 
 // False: a number of an operand is infinite, and out is of no use. To be called where gains_by_product. out is the same

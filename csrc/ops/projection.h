@@ -5,6 +5,9 @@
 
 #include <ATen/ops/linear.h>
 
+#include <array>
+#include <tuple>
+
 #include "ops/operators.h"
 
 namespace torch_attn::ops {

@@ -23,7 +23,7 @@ SIZES = {
     "whole": ((512, 512), 768),
     "several blocks and parts": ((2, 330, 1056), 130),
     "odd": ((3, 101, 517), 67),
-    "few rows": ((96, 64), 64),
+    "few rows": ((96, 128), 192),
 }
 SMALL = ((2, 3, 5), 7)
 Results = tuple[Tensor, ...]
@@ -93,8 +93,8 @@ def test_long_calls_in_float32_run_on_amx() -> None:
     assert kernels_in(lambda: results(ops.projection, inputs)) == []
     with torch.inference_mode():
         assert kernels_in(lambda: ops.projection(*inputs)) == []
-    assert kernels_in(lambda: results(ops.projection, draw(((95, 64), 64)))) != []
-    assert kernels_in(lambda: results(ops.projection, draw(((96, 63), 64)))) != []
+    for too_small in (((95, 128), 192), ((1024, 63), 64), ((1024, 64), 63)):
+        assert kernels_in(lambda sizes=too_small: results(ops.projection, draw(sizes))) != []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -107,39 +107,44 @@ def test_is_linear_bit_by_bit_where_amx_does_not_multiply(isa: str, dtype: torch
         assert torch.equal(x, y)
 
 
-def test_strides() -> None:
-    """Rows apart and weights that are part of a larger one are read as they lie; all else is right, too."""
-    x, w, b = draw(((2, 120, 96), 80))
-    rows_apart = torch.randn(2, 120, 200)[..., 50:146]
-    batch_apart = torch.randn(4, 120, 96)[::2]
+def strided() -> tuple[list[Results], list[Results]]:
+    """Inputs of 300 rows whose numbers can be read as they lie, and others."""
+    x, w, b = draw(((2, 150, 96), 80))
+    rows_apart, batch_apart = torch.randn(2, 150, 200)[..., 50:146], torch.randn(4, 150, 96)[::2]
     part = torch.randn(240, 150)[80:160, :96]
-    columns_first = torch.randn(96, 80).t()
-    expanded = torch.randn(1, 1, 96).expand(2, 120, 96)
-    for inputs in (
-        (rows_apart, w, b),
-        (batch_apart, w, b),
-        (x.transpose(0, 1), w, b),
-        (torch.randn(2, 96, 120).transpose(1, 2), w, b),
-        (expanded, w, b),
-        (x, part, b),
-        (x, columns_first, b),
-        (x, w, torch.randn(160)[::2]),
-        (x[:, :1].expand(2, 120, 96), w[:1].expand(80, 96), b[:1].expand(80)),
-    ):
-        exact = F.linear(*(t.double() for t in inputs))
-        torch.testing.assert_close(ops.projection(*inputs).double(), exact, rtol=1e-5, atol=1e-4)
+    expanded = torch.randn(1, 1, 96).expand(2, 150, 96)
+    lying = [(rows_apart, w, b), (x, part, b), (torch.randn(1, 300, 200)[..., :96], part, b)]
+    others = [(batch_apart, w, b), (x.transpose(0, 1), w, b), (torch.randn(2, 96, 150).transpose(1, 2), w, b)]
+    others += [(expanded, w, b), (x, torch.randn(96, 80).t(), b), (x, w, torch.randn(160)[::2])]
+    others += [(expanded, w[:1].expand(80, 96), b[:1].expand(80))]
+    return lying, others
+
+
+def test_strides() -> None:
+    lying, others = strided()
+    for inputs in lying + others:
         rows, columns, features = *inputs[0].shape[:2], inputs[1].size(0)
         transposed = torch.randn(columns, rows, features).transpose(0, 1)
         for grad in (grad_of(inputs), transposed, torch.randn(1, 1, 1).expand(rows, columns, features)):
-            exact_results = results(F.linear, tuple(t.double() for t in inputs), grad)
-            for actual, expected in zip(results(ops.projection, inputs, grad), exact_results, strict=True):
+            exact = results(F.linear, tuple(t.double() for t in inputs), grad)
+            for actual, expected in zip(results(ops.projection, inputs, grad), exact, strict=True):
                 torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-3)
+
+
+@needs_amx
+def test_rows_apart_and_parts_of_larger_weights_are_read_as_they_lie() -> None:
+    for inputs in strided()[0]:
+        with torch.profiler.profile() as profile:
+            results(ops.projection, inputs)
+        names = {event.name for event in profile.events()}
+        assert "torch_attn::projection_backward" in names
+        assert not names & {"aten::mm", "aten::addmm", "aten::clone"}
 
 
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
 @pytest.mark.parametrize("place", [0, 1, 2, 3], ids=["input", "weight", "bias", "grad"])
 def test_infinite_numbers_give_what_linear_gives(place: int, value: float) -> None:
-    tensors = [*draw(((128, 96), 80)), torch.randn(128, 80)]
+    tensors = [*draw(((256, 96), 96)), torch.randn(256, 96)]
     tensors[place].view(-1)[70] = value
     *inputs, grad = tensors
     for x, y in zip(results(ops.projection, inputs, grad), results(F.linear, inputs, grad), strict=True):
@@ -149,7 +154,7 @@ def test_infinite_numbers_give_what_linear_gives(place: int, value: float) -> No
 def test_the_ends_of_float32s_range() -> None:
     """The largest numbers do not overflow on the way; small ones are right to 24 bits of what they add up to."""
     largest = torch.finfo(torch.float32).max
-    x, w = torch.zeros(96, 64), torch.eye(64)
+    x, w = torch.zeros(512, 64), torch.eye(64)
     x[:, 0], x[:, 1], x[:, 2] = largest, -largest, 1e-30
     assert torch.equal(ops.projection(x, w), x)
 
@@ -164,7 +169,7 @@ def test_empty(isa: str, shape: tuple[int, ...], out_features: int) -> None:
 
 
 def test_one_dimension_and_wrong_sizes_are_linears() -> None:
-    x, w, b = draw(((200, 64), 64))
+    x, w, b = draw(((600, 64), 64))
     assert torch.equal(ops.projection(x[0], w, b), F.linear(x[0], w, b))
     for inputs in ((x[:, :-1], w, b), (x, w, b[:-1]), (x, w[0], b), (x.double(), w, b)):
         with pytest.raises(RuntimeError) as expected:
@@ -280,12 +285,12 @@ def test_dispatch_modes_and_compilers_see_linear() -> None:
     inputs = draw(SIZES["few rows"])
     with FlopCounterMode(display=False) as counter:
         results(ops.projection, inputs)
-    assert counter.get_total_flops() == 3 * 2 * 96 * 64 * 64
+    assert counter.get_total_flops() == 3 * 2 * 96 * 128 * 192
 
     torch.compiler.reset()
     compiled = torch.compile(lambda *t: ops.projection(*t), backend="aot_eager", fullgraph=True, dynamic=True)
     for rows in (96, 5):
-        some = (torch.randn(rows, 64), *inputs[1:])
+        some = (torch.randn(rows, 128), *inputs[1:])
         for x, y in zip(results(compiled, some), results(F.linear, some), strict=True):
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
 

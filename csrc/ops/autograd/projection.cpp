@@ -2,6 +2,9 @@
 // at::linear.
 #include "ops/projection.h"
 
+#include <algorithm>
+#include <array>
+
 #include "ops/autograd/saved_call.h"
 
 namespace torch_attn::ops {

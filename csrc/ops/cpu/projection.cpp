@@ -3,8 +3,9 @@
 
 #include <ATen/Context.h>
 #include <ATen/TensorSubclassLikeUtils.h>
-#include <ATen/ops/mm.h>
-#include <ATen/ops/sum.h>
+
+#include <optional>
+#include <vector>
 
 #include "cpu/matrix_product.h"
 #include "ops/cpu/threads.h"
