@@ -28,8 +28,8 @@ class AskBeside {
   TA_INLINE AskBeside(RowsAhead& ahead) : ahead_(ahead) {}
 
   template <bool kAccumulate, PieceProducts kProducts>
-  TA_NOINLINE void product(int64_t m_tiles, int64_t n_tiles, int64_t steps, TileOperand a, TileOperand b, float* c,
-                           int64_t c_stride) {
+  TA_NOINLINE void multiply(int64_t m_tiles, int64_t n_tiles, int64_t steps, TileOperand a, TileOperand b, float* c,
+                            int64_t c_stride) const {
     if (portions(m_tiles, n_tiles, steps) > 1) {
       tile_product_beside<kAccumulate, kProducts>(m_tiles, n_tiles, steps, a, b, c, c_stride, *this);
     } else {
@@ -44,14 +44,37 @@ class AskBeside {
   }
 
   template <int kSlot, int kSlots>
-  TA_INLINE void slot() {
+  TA_INLINE void slot() const {
     if constexpr (kSlot == kSlots - 1) ask();
   }
-  TA_NOINLINE void ask() { ahead_.ask_for_portion(); }
+  TA_NOINLINE void ask() const { ahead_.ask_for_portion(); }
 
  private:
   RowsAhead& ahead_;
 };
+
+// A product with something else beside it, as far as there is a place for it.
+template <class Parts>
+struct ProductBeside {
+  Parts& parts;
+
+  template <bool kAccumulate, PieceProducts kProducts>
+  TA_INLINE void multiply(int64_t m_tiles, int64_t n_tiles, int64_t steps, TileOperand a, TileOperand b, float* c,
+                          int64_t c_stride) const {
+    if (m_tiles % 2 == 0 && n_tiles % 2 == 0) {
+      tile_product_beside<kAccumulate, kProducts>(m_tiles, n_tiles, steps, a, b, c, c_stride, parts);
+    } else {
+      tile_product<kAccumulate, kProducts>(m_tiles, n_tiles, steps, a, b, c, c_stride);
+    }
+  }
+};
+
+// Where the mask of a tile starts that begins with a row and a key; null if it is not read there, or none is.
+TA_INLINE const char* next_mask_of(const ScoreStage<float>& stage, int64_t row, int64_t key) {
+  const MaskRows& mask = stage.mask_rows;
+  const bool is_read = mask.data != nullptr && mask.row_stride != 0 && mask.column_stride == 1 && key < mask.keys;
+  return is_read ? mask.at(row, key) : nullptr;
+}
 
 // Keys per block. Measured on an Intel Xeon with AMX: 64 is 5 to 10 % faster than 128 at head_dim 64, whose tiles then
 // stay in the L1 cache, and 10 % slower at 128, where each block's addition to the output weighs more.
@@ -66,15 +89,18 @@ struct AmxForward {
 
   const AttentionProblem& p;
   const ForwardOutputs& outputs;
+  const AttendedBits& attended;
   bool* infinite;
   Dropout dropout;
   int64_t block_rows, row_blocks;
   int64_t head_dim, value_dim;  // padded to whole tile depths
 
   // infinite: see operands.h.
-  AmxForward(const AttentionProblem& problem, const ForwardOutputs& out, int threads, bool* infinite_found)
+  AmxForward(const AttentionProblem& problem, const ForwardOutputs& out, const AttendedBits& attended_bits, int threads,
+             bool* infinite_found)
       : p(problem),
         outputs(out),
+        attended(attended_bits),
         infinite(infinite_found),
         dropout(Dropout::make(problem.dropout_p, problem.philox_seed, problem.philox_offset)),
         head_dim(round_up(problem.head_dim, kTileDepth)),
@@ -118,7 +144,8 @@ struct AmxForward {
     float* scores;   // [key][lane], divided by factor
     uint32_t* kept;  // by DropoutPairs
     float factor;
-    bool rescaled;  // see settle_maximum
+    bool rescaled;          // see settle_maximum
+    const char* next_mask;  // the element that the next tile's mask starts with
   };
 
   void run(int64_t item, Scratch& scratch) const {
@@ -151,7 +178,8 @@ struct AmxForward {
     auto* value_pairs = scratch.take<uint16_t>(kAmxKeys * packed_values);
     const int64_t key_block_size = amx_key_block<Stored>(p);
     const int64_t block_bytes = kPieces * key_block_size * (head_dim + packed_values) * 2;
-    const bool spans = kPieces < 3 || (stage.mask && !stage.mask_is_per_key());
+    const bool reads_mask = stage.mask && !stage.mask_is_per_key() && !attended.defined();
+    const bool spans = kPieces < 3 || reads_mask;
     const int64_t most = spans ? larger<int64_t>(1, smaller(kMostKeyBlocks, kSpanBytes / block_bytes)) : 1;
     KeyBlock key_blocks[kMostKeyBlocks];
     for (int64_t i = 0; i < most; ++i) {
@@ -197,8 +225,11 @@ struct AmxForward {
         const int64_t then = (i + 1) / count, offset = then < panels ? then * kAmxLanes : 0;  // of the next panel
         RowsAhead ahead;
         next.add_share(i, ahead);
-        add_bias(stage.mask_rows, block.row + offset, smaller(kAmxLanes, block.rows - offset),
-                 then < panels ? key_blocks[(i + 1) % count].key : end, key_block_size, ahead);
+        const int64_t next_row = block.row + offset, next_key = then < panels ? key_blocks[(i + 1) % count].key : end;
+        if (reads_mask && !MaskedPanel::asks_ahead(stage)) {
+          add_bias(stage.mask_rows, next_row, smaller(kAmxLanes, block.rows - offset), next_key, key_block_size, ahead);
+        }
+        now->next_mask = next_mask_of(stage, next_row, next_key);
         now->offset = i / count * kAmxLanes;
         now->keys = &key_blocks[i % count];
         if (add_scores(block, *now, waiting, stage, ahead)) {
@@ -242,7 +273,8 @@ struct AmxForward {
     MaskedPanel masked;
     MaskEffect effect = MaskEffect::kNone;
     if (MaskedPanel::serves(stage, rows, span)) {
-      effect = masked.load(stage.mask_rows, row, keys.key, span);
+      effect = masked.load(stage.mask_rows, attended.at(block.batch, block.head, row, keys.key + span.begin), row,
+                           keys.key, span);
       if (effect == MaskEffect::kExcludesAll) return false;
     } else if (stage.mask && !stage.mask_is_per_key() &&
                !load_bias_per_lane(stage.mask_rows, row, rows, kAmxLanes, keys.key, span.begin, span.end, block.staging,
@@ -251,8 +283,8 @@ struct AmxForward {
     }
     AskBeside<Stored> ask(ahead);
     constexpr int64_t kStages = 3;
-    ahead.divide(kStages + (waiting == nullptr ? 0 : value_portions(*waiting)) +
-                 (effect == MaskEffect::kSome ? masked.squares(span) : 0));
+    const bool is_masked = effect == MaskEffect::kSome;
+    ahead.divide(kStages + (waiting == nullptr || is_masked ? 0 : value_portions(*waiting)));
     ask.ask();
     const auto multiply = [&]<int kParts>() TA_INLINE_LAMBDA {
       (this->*(p.dropout_p > 0 ? &AmxForward::multiply_keys<true, kParts> : &AmxForward::multiply_keys<false, kParts>))(
@@ -267,13 +299,18 @@ struct AmxForward {
       multiply.template operator()<4>();
     }
     ask.ask();
-    if (waiting != nullptr) multiply_values(block, *waiting, ask);
+    const auto multiply_waiting = [&](const auto& product) TA_INLINE_LAMBDA {
+      if (waiting != nullptr) multiply_values(block, *waiting, product);
+    };
+    if (!is_masked) multiply_waiting(ask);
 
     float *maximum = block.maximum + tile.offset, *old_maximum = block.old_maximum + tile.offset;
     __builtin_memcpy(old_maximum, maximum, kAmxLanes * sizeof(float));
     tile.factor = stage.dot_factor();
-    if (effect == MaskEffect::kSome) {
-      tile.factor = masked.apply<true>(span, tile.factor, tile.scores, maximum, [&] { ask.ask(); });
+    if (is_masked) {
+      tile.factor =
+          masked.apply<true>(span, tile.factor, tile.scores, maximum, value_dim, tile.next_mask, block.staging,
+                             [&](auto& parts) TA_INLINE_LAMBDA { multiply_waiting(ProductBeside{parts}); });
     } else if (stage.changes_elements(bias) || span.has_edges() || !(tile.factor > 0)) {
       modify_scores<float, kAmxVectors>(stage, bias, span.has_edges(), row, keys.key, span.begin, span.end, tile.factor,
                                         tile.scores, nullptr, maximum);
@@ -337,7 +374,8 @@ struct AmxForward {
   }
 
   // Adds a panel's weighted values to its output.
-  void multiply_values(const Block& block, const Tile& tile, AskBeside<Stored>& ask) const {
+  template <class Product>
+  TA_INLINE void multiply_values(const Block& block, const Tile& tile, const Product& product) const {
     float* out = block.out + tile.offset * value_dim;
     const float* rescale = block.rescale + tile.offset;
     if (tile.rescaled) {
@@ -348,9 +386,9 @@ struct AmxForward {
     const TileOperand value_operand = tile.keys->value_columns.from_depth(tile.span.begin);
     const TileOperand weight_operand{block.weights, kAmxLanes * 4, kTileDepth / 2 * kAmxLanes * 4,
                                      kAmxKeys * kAmxLanes * 2};
-    ask.template product<true, kSums<Stored>>(value_dim / kTileSide, kAmxVectors,
-                                              (tile.span.end - tile.span.begin) / kTileDepth, value_operand,
-                                              weight_operand, out, kAmxLanes);
+    product.template multiply<true, kSums<Stored>>(value_dim / kTileSide, kAmxVectors,
+                                                   (tile.span.end - tile.span.begin) / kTileDepth, value_operand,
+                                                   weight_operand, out, kAmxLanes);
   }
 
   void finish(const Block& block, Scratch& scratch) const {
