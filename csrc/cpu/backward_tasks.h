@@ -25,7 +25,9 @@ struct Backward : BackwardPlan {
   Real* chunk_sums = nullptr;      // [batch · kv head][chunk][sums] if chunks > 1
   Real* slope_partials = nullptr;  // [batch · head][row block]
 
-  Backward(const AttentionProblem& problem, const Tensors& tensors, int threads) : p(problem), t(tensors) {
+  Backward(const AttentionProblem& problem, const Tensors& tensors, int threads, const AttendedBits* attended_bits)
+      : p(problem), t(tensors) {
+    attended = attended_bits;
     group = p.heads / p.kv_heads;
     block_rows = Walk::block_rows(p);
     row_blocks = (p.query_length + block_rows - 1) / block_rows;
@@ -156,10 +158,11 @@ struct Backward : BackwardPlan {
 
 // False where the walk cannot serve some number (BackwardPlan::infinite): gradients are then undefined.
 template <class Walk>
-bool backward_with(const AttentionProblem& problem, const typename Walk::Tensors& tensors, const Parallel& parallel) {
+bool backward_with(const AttentionProblem& problem, const typename Walk::Tensors& tensors, const Parallel& parallel,
+                   const AttendedBits* attended = nullptr) {
   using Real = typename Walk::Real;
   if (problem.batch * problem.kv_heads == 0) return true;
-  Backward<Walk> backward(problem, tensors, parallel.threads < 1 ? 1 : parallel.threads);
+  Backward<Walk> backward(problem, tensors, parallel.threads < 1 ? 1 : parallel.threads, attended);
   if (!backward.needs_scores && !backward.needs_value) return true;
   Scratch shared;
   if (backward.chunks > 1) backward.chunk_sums = shared.take<Real>(backward.items() * backward.sums_size);

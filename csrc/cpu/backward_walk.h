@@ -11,6 +11,8 @@ namespace torch_attn::cpu::TORCH_ATTN_ISA {
 // longer sums raise the error of value's gradient by a fifth (a causal mask, L 128 and 512).
 constexpr int64_t kBackwardRows = 96;
 
+class AttendedBits;
+
 // What a backward call computes, and how it is cut up; the same for all of its tasks.
 struct BackwardPlan {
   mutable bool infinite = false;  // see bfloat16/operands.h: set by the walks that cannot serve such numbers
@@ -19,6 +21,7 @@ struct BackwardPlan {
   int64_t block_rows, row_blocks;      // query rows per block, blocks per head
   int64_t key_columns, value_columns;  // row lengths of the sums for grad_key and grad_value; 0 if not needed
   int64_t key_stride, value_stride;    // from row to row of these sums
+  const AttendedBits* attended;        // of walks that read a shared mask so, see bfloat16/attended_bits.h
 };
 
 // One task's memory, and its walk over the keys with one block of rows after the other. Tile computes the gradients of

@@ -162,21 +162,28 @@ struct Quarters {
   TA_INLINE Quarters(const char* first, int64_t row_stride) {
 #pragma GCC unroll 4
     for (int r = 0; r < 4; ++r) {
+      __m512 row[4];
+      load(first + r * row_stride, 4 * row_stride, row);
 #pragma GCC unroll 4
-      for (int c = 0; c < 4; ++c) {
-        const auto quarter = [&](int i) TA_INLINE_LAMBDA {
-          return _mm_loadu_ps(reinterpret_cast<const float*>(first + (r + 4 * i) * row_stride) + 4 * c);
-        };
-        const __m256 low = _mm256_insertf128_ps(_mm256_castps128_ps256(quarter(0)), quarter(1), 1);
-        const __m256 high = _mm256_insertf128_ps(_mm256_castps128_ps256(quarter(2)), quarter(3), 1);
-        of[c][r] = _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
-      }
+      for (int c = 0; c < 4; ++c) of[c][r] = row[c];
     }
   }
 
-  // Column 4 · c + i as out[i].
-  TA_INLINE void columns(int c, Vec<float> (&out)[4]) const {
-    const __m512(&x)[4] = of[c];
+  // out[quarter of the columns] of four rows.
+  static TA_INLINE void load(const char* first, int64_t row_stride, __m512 (&out)[4]) {
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) {
+      const auto quarter = [&](int i) TA_INLINE_LAMBDA {
+        return _mm_loadu_ps(reinterpret_cast<const float*>(first + i * row_stride) + 4 * c);
+      };
+      const __m256 low = _mm256_insertf128_ps(_mm256_castps128_ps256(quarter(0)), quarter(1), 1);
+      const __m256 high = _mm256_insertf128_ps(_mm256_castps128_ps256(quarter(2)), quarter(3), 1);
+      out[c] = _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+    }
+  }
+
+  // The columns of a quarter, of[c].
+  static TA_INLINE void columns(const __m512 (&x)[4], Vec<float> (&out)[4]) {
     const __m512 low01 = _mm512_unpacklo_ps(x[0], x[1]), high01 = _mm512_unpackhi_ps(x[0], x[1]);
     const __m512 low23 = _mm512_unpacklo_ps(x[2], x[3]), high23 = _mm512_unpackhi_ps(x[2], x[3]);
     out[0] = _mm512_shuffle_ps(low01, low23, 0x44);
@@ -191,7 +198,7 @@ struct Quarters {
 #pragma GCC unroll 4
     for (int c = 0; c < 4; ++c) {
       Vec<float> four[4];
-      columns(c, four);
+      columns(of[c], four);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) visit(4 * c + i, four[i]);
     }

@@ -33,10 +33,10 @@ void* allocate(size_t& size) {
   return memory;
 }
 
-// The blocks that a thread keeps: one for a task, one for a Scratch around the tasks. They are taken out while in use,
-// last in, first out, so that each of the two finds its own again.
+// The blocks that a thread keeps: one for a task, two for Scratches around the tasks. They are taken out while in use,
+// last in, first out, so that each finds its own again.
 struct Kept {
-  static constexpr int kMost = 2;
+  static constexpr int kMost = 3;
   void* blocks[kMost] = {};
   int count = 0;
 

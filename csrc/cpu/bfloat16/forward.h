@@ -31,30 +31,18 @@ constexpr int64_t kSpanBytes = 256 * 1024;
 template <class Stored>
 class AskBeside {
  public:
+  static constexpr bool kMayOverwrite = true;
+
   TA_INLINE AskBeside(RowsAhead& ahead) : ahead_(ahead) {}
 
   template <bool kAccumulate, PieceProducts kProducts>
-  TA_NOINLINE void product(int64_t m_tiles, int64_t n_tiles, int64_t steps, TileOperand a, TileOperand b, float* c,
-                           int64_t c_stride, WaitingSums& waiting) {
+  TA_NOINLINE void multiply(int64_t m_tiles, int64_t n_tiles, int64_t steps, TileOperand a, TileOperand b, float* c,
+                            int64_t c_stride, WaitingSums& waiting) const {
     if (portions(m_tiles, n_tiles, steps) > 1) {
       tile_product_beside<kAccumulate, kProducts>(m_tiles, n_tiles, steps, a, b, c, c_stride, waiting, *this);
     } else {
       ask();
       tile_product<kAccumulate, kProducts>(m_tiles, n_tiles, steps, a, b, c, c_stride, waiting);
-    }
-  }
-  // With something beside the product, for an even n_tiles.
-  template <bool kAccumulate, PieceProducts kProducts, class Beside>
-  TA_INLINE void product(int64_t m_tiles, int64_t n_tiles, int64_t steps, TileOperand a, TileOperand b, float* c,
-                         int64_t c_stride, WaitingSums& waiting, Beside& beside) {
-    if (m_tiles % 2 != 0) {
-      product<kAccumulate, kProducts>(m_tiles, n_tiles, steps, a, b, c, c_stride, waiting);
-    } else if (portions(m_tiles, n_tiles, steps) > 1) {
-      BothBeside both{*this, beside};
-      tile_product_beside<kAccumulate, kProducts>(m_tiles, n_tiles, steps, a, b, c, c_stride, waiting, both);
-    } else {
-      ask();
-      tile_product_beside<kAccumulate, kProducts>(m_tiles, n_tiles, steps, a, b, c, c_stride, waiting, beside);
     }
   }
   // How many portions a product asks for.
@@ -64,14 +52,38 @@ class AskBeside {
   }
 
   template <int kSlot, int kSlots>
-  TA_INLINE void slot() {
+  TA_INLINE void slot() const {
     if constexpr (kSlot == kSlots - 1) ask();
   }
-  TA_NOINLINE void ask() { ahead_.ask_for_portion(); }
+  TA_NOINLINE void ask() const { ahead_.ask_for_portion(); }
 
  private:
   RowsAhead& ahead_;
 };
+
+// A product with something else beside it, as far as there is a place for it.
+template <class Parts>
+struct ProductBeside {
+  Parts& parts;
+  static constexpr bool kMayOverwrite = false;  // another copy of the parts' code would gain little
+
+  template <bool kAccumulate, PieceProducts kProducts>
+  TA_INLINE void multiply(int64_t m_tiles, int64_t n_tiles, int64_t steps, TileOperand a, TileOperand b, float* c,
+                          int64_t c_stride, WaitingSums& waiting) const {
+    if (m_tiles % 2 == 0 && n_tiles % 2 == 0) {
+      tile_product_beside<kAccumulate, kProducts>(m_tiles, n_tiles, steps, a, b, c, c_stride, waiting, parts);
+    } else {
+      tile_product<kAccumulate, kProducts>(m_tiles, n_tiles, steps, a, b, c, c_stride, waiting);
+    }
+  }
+};
+
+// Where the mask of a tile starts that begins with a row and a key; null if it is not read there, or none is.
+TA_INLINE const char* next_mask_of(const ScoreStage<float>& stage, int64_t row, int64_t key) {
+  const MaskRows& mask = stage.mask_rows;
+  const bool is_read = mask.data != nullptr && mask.row_stride != 0 && mask.column_stride == 1 && key < mask.keys;
+  return is_read ? mask.at(row, key) : nullptr;
+}
 
 // Keys per block. Measured on an Intel Xeon with AMX: 64 is 5 to 10 % faster than 128 at head_dim 64, whose tiles then
 // stay in the L1 cache, and 10 % slower at 128, where each block's addition to the output weighs more.
@@ -86,15 +98,18 @@ struct AmxForward {
 
   const AttentionProblem& p;
   const ForwardOutputs& outputs;
+  const AttendedBits& attended;
   bool* infinite;
   Dropout dropout;
   int64_t block_rows, row_blocks;
   int64_t head_dim, value_dim;  // padded to whole tile depths
 
   // infinite: see operands.h.
-  AmxForward(const AttentionProblem& problem, const ForwardOutputs& out, int threads, bool* infinite_found)
+  AmxForward(const AttentionProblem& problem, const ForwardOutputs& out, const AttendedBits& attended_bits, int threads,
+             bool* infinite_found)
       : p(problem),
         outputs(out),
+        attended(attended_bits),
         infinite(infinite_found),
         dropout(Dropout::make(problem.dropout_p, problem.philox_seed, problem.philox_offset)),
         head_dim(round_up(problem.head_dim, kTileDepth)),
@@ -140,7 +155,8 @@ struct AmxForward {
     float* scores;    // [key][lane], divided by factor
     uint32_t* words;  // of dropout, from span.begin on
     float factor;
-    bool rescaled;  // see settle_maximum
+    bool rescaled;          // see settle_maximum
+    const char* next_mask;  // the element that the next tile's mask starts with
   };
 
   // The tiles of a block of rows and some blocks of keys, without those that the band excludes: panel by panel, from
@@ -226,7 +242,8 @@ struct AmxForward {
     auto* value_pairs = scratch.take<uint16_t>(kAmxKeys * packed_values);
     const int64_t key_block_size = amx_key_block<Stored>(p);
     const int64_t block_bytes = kPieces * key_block_size * (head_dim + packed_values) * 2;
-    const bool spans = kPieces < 3 || (stage.mask && !stage.mask_is_per_key());
+    const bool reads_mask = stage.mask && !stage.mask_is_per_key() && !attended.defined();
+    const bool spans = kPieces < 3 || reads_mask;
     const int64_t most = spans ? larger<int64_t>(1, smaller(kMostKeyBlocks, kSpanBytes / block_bytes)) : 1;
     KeyBlock key_blocks[kMostKeyBlocks];
     for (int64_t i = 0; i < most; ++i) {
@@ -310,9 +327,12 @@ struct AmxForward {
         next.add_share(i, ahead);
         queries.add_share(i, ahead);
         outs.add_share(i, ahead);
-        const int64_t then = tiles_of.panel * kAmxLanes;
-        add_bias(stage.mask_rows, block.row + then, smaller(kAmxLanes, block.rows - then),
-                 i + 1 < tiles_of.total ? key_blocks[tiles_of.key_block].key : end, key_block_size, ahead);
+        const int64_t then = tiles_of.panel * kAmxLanes, next_row = block.row + then;
+        const int64_t next_key = i + 1 < tiles_of.total ? key_blocks[tiles_of.key_block].key : end;
+        if (reads_mask && !adds_beside(stage)) {
+          add_bias(stage.mask_rows, next_row, smaller(kAmxLanes, block.rows - then), next_key, key_block_size, ahead);
+        }
+        now->next_mask = adds_beside(stage) ? next_mask_of(stage, next_row, next_key) : nullptr;
         if (add_scores(block, *now, waiting, stage, ahead)) {
           waiting = now;
           now = &tiles[now == &tiles[0] ? 1 : 0];
@@ -362,7 +382,8 @@ struct AmxForward {
     MaskedPanel masked;
     MaskEffect effect = MaskEffect::kNone;
     if (MaskedPanel::serves(stage, rows, span)) {
-      effect = masked.load(stage.mask_rows, row, keys.key, span);
+      effect = masked.load(stage.mask_rows, attended.at(block.batch, block.head, row, keys.key + span.begin), row,
+                           keys.key, span);
       if (effect == MaskEffect::kExcludesAll) return false;
     } else if (stage.mask && !stage.mask_is_per_key() &&
                !load_bias_per_lane(stage.mask_rows, row, rows, kAmxLanes, keys.key, span.begin, span.end, block.staging,
@@ -371,8 +392,10 @@ struct AmxForward {
     }
     AskBeside<Stored> ask(ahead);
     constexpr int64_t kStages = 3;
-    ahead.divide(kStages + (waiting == nullptr ? 0 : value_portions(*waiting)) +
-                 (effect == MaskEffect::kSome ? masked.squares(span) : 0));
+    const bool is_masked = effect == MaskEffect::kSome;
+    const bool is_beside = is_masked && (adds_beside(stage) || stage.mask_rows.dtype == ScalarType::kBool);
+    ahead.divide(kStages + (waiting == nullptr || is_beside ? 0 : value_portions(*waiting)) +
+                 (is_masked && !is_beside ? masked.squares(span) : 0));
     ask.ask();
     const auto multiply = [&]<int kParts>() TA_INLINE_LAMBDA {
       (this->*(p.dropout_p > 0 ? &AmxForward::multiply_keys<true, kParts> : &AmxForward::multiply_keys<false, kParts>))(
@@ -387,22 +410,26 @@ struct AmxForward {
       multiply.template operator()<4>();
     }
     ask.ask();
-    if (p.dropout_p == 0) {
-      if (waiting != nullptr) multiply_values(block, *waiting, ask);
-    } else if (value_dim <= 64) {  // a block of 32 keys has 8 parts
-      multiply_values_and_drop<4>(block, tile, waiting, ask);
-    } else if (value_dim <= 128) {
-      multiply_values_and_drop<2>(block, tile, waiting, ask);
-    } else {
-      multiply_values_and_drop<1>(block, tile, waiting, ask);
+    const auto multiply_waiting = [&](const auto& product) TA_INLINE_LAMBDA {
+      if (waiting != nullptr) multiply_values(block, *waiting, product);
+    };
+    if (p.dropout_p > 0) {
+      drop(block, tile, is_beside ? nullptr : waiting, ask);
+    } else if (!is_beside) {
+      multiply_waiting(ask);
     }
-    if (waiting == nullptr) block.sums->flush();  // else values' product has stored the last scores
+    if (waiting == nullptr || is_beside) block.sums->flush();  // else values' product has stored the last scores
 
     float *maximum = block.maximum + tile.offset, *old_maximum = block.old_maximum + tile.offset;
     __builtin_memcpy(old_maximum, maximum, kAmxLanes * sizeof(float));
     tile.factor = stage.dot_factor();
-    if (effect == MaskEffect::kSome) {
-      tile.factor = masked.apply<true>(span, tile.factor, tile.scores, maximum, [&] { ask.ask(); });
+    if (is_masked) {
+      tile.factor = masked.apply<true>(
+          span, tile.factor, tile.scores, maximum, value_dim, tile.next_mask, block.staging,
+          [&](auto& parts) TA_INLINE_LAMBDA {
+            if (is_beside) multiply_waiting(ProductBeside{parts});
+          },
+          [&] { ask.ask(); });
     } else if (has_plain_edges(stage, bias, span, tile.factor)) {
       exclude_outside(stage.band, span, row, keys.key, tile.scores);
       raise_maximum(span.begin, span.end, tile.factor, tile.scores, maximum);
@@ -416,6 +443,11 @@ struct AmxForward {
     tile.rescaled = settle_maximum(old_maximum, maximum, block.rescale + tile.offset);
     ask.ask();
     return true;
+  }
+
+  // bfloat16's products of long rows leave no time for a floating mask: a pass of its own is up to 3 % faster there.
+  bool adds_beside(const ScoreStage<float>& stage) const {
+    return MaskedPanel::asks_ahead(stage) && (kPieces > 1 || value_dim <= 64);
   }
 
   // The dots of a panel, and beside them the weights of the panel that waits, kParts of SoftmaxPairs in each step.
@@ -462,20 +494,33 @@ struct AmxForward {
   // What dropout drops of a tile, beside the values of the panel that waits, if any. Beside the dots, where
   // exponentials are, it costs 16 to 21 % of a plain pass at head_dim 64, as much as in a pass of its own; here 13 % in
   // bfloat16 and nothing in float32 and float16.
+  void drop(const Block& block, const Tile& tile, const Tile* waiting, AskBeside<Stored>& ask) const {
+    // A block of 32 keys has 8 parts.
+    if (value_dim <= 64) return drop_beside_values<4>(block, tile, waiting, ask);
+    if (value_dim <= 128) return drop_beside_values<2>(block, tile, waiting, ask);
+    drop_beside_values<1>(block, tile, waiting, ask);
+  }
   template <int kParts>
-  TA_NOINLINE void multiply_values_and_drop(const Block& block, const Tile& tile, const Tile* waiting,
-                                            AskBeside<Stored>& ask) const {
-    DropoutBeside<kParts> drop(*block.philox, tile.keys->groups, block.row + tile.offset,
-                               tile.span.begin / Dropout::kKeysPerCall,
-                               (tile.span.end - tile.span.begin) / Dropout::kKeysPerCall, tile.words);
-    if (waiting != nullptr) multiply_values(block, *waiting, ask, drop);
-    drop.finish();
+  TA_NOINLINE void drop_beside_values(const Block& block, const Tile& tile, const Tile* waiting,
+                                      AskBeside<Stored>& ask) const {
+    DropoutBeside<kParts> parts(*block.philox, tile.keys->groups, block.row + tile.offset,
+                                tile.span.begin / Dropout::kKeysPerCall,
+                                (tile.span.end - tile.span.begin) / Dropout::kKeysPerCall, tile.words);
+    if (waiting != nullptr) {
+      if constexpr (kPieces == 1) {
+        BothBeside both{ask, parts};
+        multiply_values(block, *waiting, ProductBeside{both});
+      } else {
+        ask.ask();
+        multiply_values(block, *waiting, ProductBeside{parts});
+      }
+    }
+    parts.finish();
   }
 
   // Adds a panel's weighted values to its output.
-  template <class... Beside>
-  TA_INLINE void multiply_values(const Block& block, const Tile& tile, AskBeside<Stored>& ask,
-                                 Beside&... beside) const {
+  template <class Product>
+  TA_INLINE void multiply_values(const Block& block, const Tile& tile, const Product& product) const {
     float* out = block.out + tile.offset * value_dim;
     const float* rescale = block.rescale + tile.offset;
     bool& has_output = block.has_output[tile.offset / kAmxLanes];
@@ -488,14 +533,17 @@ struct AmxForward {
     const TileOperand weight_operand{block.weights, kAmxLanes * 4, kTileDepth / 2 * kAmxLanes * 4,
                                      kAmxKeys * kAmxLanes * 2};
     const int64_t tiles = value_dim / kTileSide, steps = (tile.span.end - tile.span.begin) / kTileDepth;
-    if (has_output) {
-      ask.template product<true, kSums<Stored>>(tiles, kAmxVectors, steps, value_operand, weight_operand, out,
-                                                kAmxLanes, *block.sums, beside...);
-    } else {
-      ask.template product<false, kSums<Stored>>(tiles, kAmxVectors, steps, value_operand, weight_operand, out,
-                                                 kAmxLanes, *block.sums, beside...);
+    if (!has_output) {
+      has_output = true;
+      if constexpr (Product::kMayOverwrite) {
+        product.template multiply<false, kSums<Stored>>(tiles, kAmxVectors, steps, value_operand, weight_operand, out,
+                                                        kAmxLanes, *block.sums);
+        return;
+      }
+      fill<float>(out, 0, kAmxLanes * value_dim);
     }
-    has_output = true;
+    product.template multiply<true, kSums<Stored>>(tiles, kAmxVectors, steps, value_operand, weight_operand, out,
+                                                   kAmxLanes, *block.sums);
   }
 
   void finish(const Block& block, int64_t panel, float* memory) const {

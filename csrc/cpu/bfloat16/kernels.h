@@ -32,7 +32,8 @@ static void forward_of(const AttentionProblem& p, const ForwardOutputs& outputs,
   if (!suits(p, kFewestRows, kFewestKeys) || !gains_by_pieces<Stored>(p))
     return kAvx512Kernels.forward(p, outputs, parallel);
   bool infinite = false;
-  const AmxForward<Stored> kernel(p, outputs, parallel.threads, &infinite);
+  const AttendedBits attended(p, parallel);
+  const AmxForward<Stored> kernel(p, outputs, attended, parallel.threads, &infinite);
   for_each_item(parallel, kernel.items(), [&](int64_t item, Scratch& scratch) { kernel.run(item, scratch); });
   if (infinite) kAvx512Kernels.forward(p, outputs, parallel);
 }
@@ -74,7 +75,8 @@ static void backward_of(const AttentionProblem& p, const BackwardTensors& t, con
   if (!suits(p, kFewestRows, kFewestBackwardKeys) || !gains_by_pieces<Stored>(p) || has_large_logsumexp(p, t))
     return kAvx512Kernels.backward(p, t, parallel);
   if (t.grad_attn_mask.defined()) mask_gradient<BackwardScores<GradientTile<float>>>(p, t, parallel);
-  if (!backward_with<AmxWalk<Stored>>(p, t, parallel)) kAvx512Kernels.backward(p, t, parallel);
+  const AttendedBits attended(p, parallel);
+  if (!backward_with<AmxWalk<Stored>>(p, t, parallel, &attended)) kAvx512Kernels.backward(p, t, parallel);
 }
 
 static void backward(const AttentionProblem& p, const BackwardTensors& t, const Parallel& parallel) {

@@ -146,6 +146,7 @@ struct AmxWalk {
     KeptTile<float, kAmxVectors> kept;
     float factor;
     HalfTiles half;
+    const char* next_mask;  // the element that the next tile's mask starts with
   };
   Tile tiles[2];
 
@@ -186,8 +187,11 @@ struct AmxWalk {
       const int64_t then = last ? 0 : now->offset + kAmxLanes;  // the next panel
       RowsAhead ahead;
       next.add_share(first + i, ahead);
-      add_bias(stage.mask_rows, block.row + then, smaller(kAmxLanes, block.rows - then),
-               last ? keys.key + keys.keys : keys.key, keys.keys, ahead);
+      const int64_t next_row = block.row + then, next_key = last ? keys.key + keys.keys : keys.key;
+      if (!is_attended_shared() && !adds_beside(stage)) {
+        add_bias(stage.mask_rows, next_row, smaller(kAmxLanes, block.rows - then), next_key, keys.keys, ahead);
+      }
+      now->next_mask = adds_beside(stage) ? next_mask_of(stage, next_row, next_key) : nullptr;
       now->half = half_tiles;
       now->half.weights += i * panel_size, now->half.gradients += i * panel_size;
       const bool attends = add_dots(block, *now, waiting, stage, keys, slope_gradient, ahead);
@@ -227,7 +231,9 @@ struct AmxWalk {
     MaskedPanel masked;
     MaskEffect effect = MaskEffect::kNone;
     if (MaskedPanel::serves(stage, rows, span)) {
-      effect = masked.load(stage.mask_rows, row, keys.key, span);
+      const auto* bits =
+          plan.attended == nullptr ? nullptr : plan.attended->at(batch, block.head, row, keys.key + span.begin);
+      effect = masked.load(stage.mask_rows, bits, row, keys.key, span);
     } else if (!load_bias<float, kAmxVectors>(stage, tile.scratch, row, rows, keys.key, span, bias)) {
       effect = MaskEffect::kExcludesAll;
     }
@@ -241,8 +247,10 @@ struct AmxWalk {
     }
     AskBeside<Stored> ask(ahead);
     constexpr int64_t kStages = 2;
-    ahead.divide(kStages + (waiting == nullptr ? 0 : query_portions(*waiting)) +
-                 (effect == MaskEffect::kSome ? masked.squares(span) : 0));
+    const bool is_masked = effect == MaskEffect::kSome;
+    const bool is_beside = is_masked && (adds_beside(stage) || stage.mask_rows.dtype == ScalarType::kBool);
+    ahead.divide(kStages + (waiting == nullptr || is_beside ? 0 : query_portions(*waiting)) +
+                 (is_masked && !is_beside ? masked.squares(span) : 0));
     ask.ask();
     if (is_plain(stage))
       now.kept = kept_tile<float, kAmxVectors>(p, tile.dropout, batch, block.head, row, keys.key, span, now.words);
@@ -259,7 +267,7 @@ struct AmxWalk {
       } else {
         multiply.template operator()<1>();
       }
-      add_grad_query(*waiting, keys, ask);
+      if (!is_beside) add_grad_query(*waiting, keys, ask);
     } else {
       if (waiting != nullptr) add_gradients(block, *waiting, stage, keys, slope_gradient, ask);
       NothingBeside nothing;
@@ -268,8 +276,15 @@ struct AmxWalk {
     }
     now.factor = stage.dot_factor();
     ask.ask();
-    if (effect == MaskEffect::kSome) {
-      now.factor = masked.apply<false>(span, now.factor, now.scores, nullptr, [&] { ask.ask(); });
+    if (is_masked) {
+      const bool query_waits = waiting != nullptr && is_plain(stage) && is_beside;
+      if (query_waits) sums.flush();
+      now.factor = masked.apply<false>(
+          span, now.factor, now.scores, nullptr, query_columns, now.next_mask, tile.scratch.staging,
+          [&](auto& parts) TA_INLINE_LAMBDA {
+            if (query_waits) add_grad_query(*waiting, keys, ProductBeside{parts});
+          },
+          [&] { ask.ask(); });
     } else if (has_plain_edges(stage, bias, span, now.factor)) {
       exclude_outside(stage.band, span, row, keys.key, now.scores);
     } else if (stage.changes_elements(bias) || span.has_edges()) {
@@ -343,12 +358,19 @@ struct AmxWalk {
     return AskBeside<Stored>::portions(query_columns / kTileSide, kAmxVectors,
                                        (from.span.end - from.span.begin) / kTileDepth);
   }
+  // A floating mask is added beside a product of numbers in pieces: bfloat16's leaves so little time that a pass of its
+  // own is faster, by 3 % with a mask per head in bfloat16 and by 8 % in float32.
+  bool adds_beside(const ScoreStage<float>& stage) const { return kPieces > 1 && MaskedPanel::asks_ahead(stage); }
+
+  bool is_attended_shared() const { return plan.attended != nullptr && plan.attended->defined(); }
+
   // Nothing but grad_query's last tiles waits afterwards.
-  void add_grad_query(const Tile& from, const KeyBlock& keys, AskBeside<Stored>& ask) const {
+  template <class Product>
+  TA_INLINE void add_grad_query(const Tile& from, const KeyBlock& keys, const Product& product) const {
     if (!plan.needs_query) return sums.flush();
     const TileOperand pairs{from.half.pairs, kAmxLanes * 4, kTileDepth / 2 * kAmxLanes * 4,
                             HalfTiles::kPairsPieceStride * 2};
-    ask.template product<true, kSums<Stored>>(
+    product.template multiply<true, kSums<Stored>>(
         query_columns / kTileSide, kAmxVectors, (from.span.end - from.span.begin) / kTileDepth,
         keys.key_columns.from_depth(from.span.begin), pairs, grad_query + from.offset * query_columns, kAmxLanes, sums);
   }
