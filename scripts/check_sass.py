@@ -53,7 +53,11 @@ PLANNED_HMMA_OF_WIDTH = {"select_keys_kernel": {64: 32, 128: 64}}  # in both 16-
 STORES_ROWS = ("map_weights_kernel", "map_query_gradient_kernel", "map_key_gradient_kernel")
 
 # Warpgroup matrix instructions of the Hopper tier's kernels (csrc/cuda/sm90), by width; in its machine code alone.
-PLANNED_HGMMA = {"forward_kernel": {64: 16, 128: 32}, "all_gradients_kernel": {64: 64, 128: 64}}
+PLANNED_HGMMA = {
+    "forward_kernel": {64: 16, 128: 32},
+    "short_forward_kernel": {64: 24},
+    "all_gradients_kernel": {64: 64, 128: 64},
+}
 
 # How many kernels there are of each family. The 16-bit ones come in two types.
 EXPECTED = {

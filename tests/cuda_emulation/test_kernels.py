@@ -323,6 +323,7 @@ class Kernel:
     deterministic: bool = True
     query_length: int = 200
     key_length: int = 200
+    head_dim: int = 16
     multiprocessors: int = 1
 
     def __str__(self) -> str:
@@ -348,7 +349,8 @@ KERNELS = [
     Kernel("forward", "sm80", Run.forward, redundant_warp_barriers=FIRST),
     Kernel("decode", "sm80", Run.forward, query_length=3, key_length=800),
     Kernel("query_gradient", "sm80", query_gradient),
-    Kernel("forward", "sm90", Run.forward, key_length=1200),
+    Kernel("forward", "sm90", Run.forward, query_length=300, key_length=1200),
+    Kernel("short_forward", "sm90", Run.forward, redundant_warp_barriers=FIRST, key_length=500),
     # What the second tells the copying warps of keys, values tell them soon enough.
     Kernel(
         "forward_in_parts",
@@ -357,6 +359,7 @@ KERNELS = [
         redundant_warp_barriers=frozenset({1}),
         query_length=100,
         key_length=1200,
+        head_dim=128,
         multiprocessors=4,
     ),
     Kernel("key_value_gradient", "sm80", key_value_gradient),
@@ -387,7 +390,13 @@ def unnoticed(device: Device, run: Run, kernel: Kernel, fault: Fault, calls: int
 @pytest.mark.parametrize("kernel", KERNELS, ids=str)
 def test_the_loss_of_any_barrier_or_wait_is_noticed(kernel: Kernel, device: Device) -> None:
     sizes = {"batch": 1, "heads": 1, "kv_heads": 1, "query_length": kernel.query_length}
-    case = Case("several_steps", **sizes, key_length=kernel.key_length)
+    case = Case(
+        "several_steps",
+        **sizes,
+        key_length=kernel.key_length,
+        head_dim=kernel.head_dim,
+        value_dim=kernel.head_dim,
+    )
     device.force_tier(kernel.tier)
     device.configure(multiprocessors=kernel.multiprocessors)
     dtype = torch.float32 if kernel.tier == "simt" else torch.bfloat16
@@ -414,17 +423,24 @@ OUT_OF_STEP = [Fault.SKIP_PRODUCT_WAIT, Fault.WRONG_PHASE, Fault.EARLY_RELEASE]
 @needs_access_reports
 @pytest.mark.parametrize("fault", OUT_OF_STEP)
 @pytest.mark.parametrize("call", range(4))
-@pytest.mark.parametrize("rows_are_shared", [False, True])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("head_dim", "query_length", "multiprocessors"), [(64, 500, 1), (128, 500, 1), (128, 100, 4)])
 def test_outputs_out_of_step_show(
-    head_dim: int, rows_are_shared: bool, call: int, fault: Fault, device: Device
+    head_dim: int, query_length: int, multiprocessors: int, call: int, fault: Fault, device: Device
 ) -> None:
     """Products that are not waited for, which are computed as late as they may be, and mbarriers whose other phase is
     waited for or that are passed on early: the result is wrong, or operands have been written to. Where there are many
     multiprocessors, warpgroups share rows."""
-    multiprocessors = 4 if rows_are_shared else 1
     device.configure(multiprocessors=multiprocessors)
-    run = several_steps(device, head_dim, query_length=100 if rows_are_shared else 500, key_length=1200)
+    check_out_of_step(several_steps(device, head_dim, query_length, 1200), call, fault, device, multiprocessors)
+
+
+@needs_access_reports
+@pytest.mark.parametrize("call", range(4))
+def test_products_that_short_calls_do_not_wait_for_show(call: int, device: Device) -> None:
+    check_out_of_step(several_steps(device, 64, query_length=100), call, Fault.SKIP_PRODUCT_WAIT, device, 1)
+
+
+def check_out_of_step(run: Run, call: int, fault: Fault, device: Device, multiprocessors: int) -> None:
     right = run.forward()["out"]
     device.configure(random_seed(), fault, call, multiprocessors)
     try:

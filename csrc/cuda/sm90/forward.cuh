@@ -7,6 +7,7 @@
 
 #include "forward_plan.h"
 #include "forward_steps.cuh"
+#include "short_forward.cuh"
 #include "variants.h"
 
 namespace torch_attn::cuda::sm90 {
@@ -281,6 +282,9 @@ template <class T, int kDim>
 void forward(const AttentionProblem& p, const ForwardOutputs& out, const Stream& stream) {
   using Shape = ForwardShape<kDim>;
   const int multiprocessors = device_facts(stream.device).multiprocessors;
+  if constexpr (kDim == ShortForwardShape::kDim) {
+    if (ShortForwardShape::suits(p, multiprocessors)) return short_forward<T, kDim>(p, out, stream);
+  }
   const ForwardBlocks blocks{Shape::kLog2Warpgroups, Shape::kKeys, Shape::kTraffic};
   const int log2_groups = blocks.log2_row_groups(p, multiprocessors);
   const int64_t rows = kWarpgroupRows << log2_groups, tiles = (p.query_length + rows - 1) / rows;
