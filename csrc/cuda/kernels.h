@@ -33,6 +33,8 @@ void attention_backward(const AttentionProblem& problem, const BackwardTensors& 
 // The dropout bits themselves, true where a weight is kept: out is (B, Hq, L, S), contiguous.
 void dropout_keep_mask(const AttentionProblem& problem, bool* out, const Stream& stream);
 
+void set_zero(void* memory, size_t bytes, const Stream& stream);
+
 // Kernels come in tiers, tried in this order. A tier that cannot serve a call says why, one that can says how.
 struct TierAnswer {
   const char* tier;

@@ -55,10 +55,9 @@ inline void fill_rows_of_none(Tensor& t, int64_t dim, const Tensor& starts, doub
   if (first < t.size(dim)) t.narrow(dim, first, t.size(dim) - first).fill_(value);
 }
 
-// run(problem, outputs)
+// rng_state: new_rng_state(a) or the same made otherwise. run(problem, outputs)
 template <class Run>
-ForwardResult run_forward(const ForwardArguments& a, Run&& run) {
-  const Tensor rng_state = new_rng_state(a);
+ForwardResult run_forward(const ForwardArguments& a, const Tensor& rng_state, Run&& run) {
   const PreparedProblem prepared = make_problem(a, rng_state);
   const AttentionProblem& p = prepared.problem;
   const int64_t batch = a.query.size(0), rows = a.query.size(2);

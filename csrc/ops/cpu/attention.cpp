@@ -10,7 +10,7 @@ namespace {
 int64_t kernel_calls() { return forward_calls.load(std::memory_order_relaxed); }
 
 ForwardResult attention_forward_cpu(const ForwardArguments& a) {
-  return run_forward(a, [](const AttentionProblem& p, const ForwardOutputs& outputs) {
+  return run_forward(a, new_rng_state(a), [](const AttentionProblem& p, const ForwardOutputs& outputs) {
     count_forward_call();
     cpu::attention_forward(p, outputs, torch_threads());
   });

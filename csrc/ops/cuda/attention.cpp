@@ -14,13 +14,22 @@
 namespace torch_attn::ops {
 namespace {
 
+// new_rng_state(a). at::zeros goes twice through the dispatcher and launches a kernel; a short call waits for the host.
+Tensor new_rng_state_cuda(const ForwardArguments& a) {
+  if (is_defined(a.rng_state) || a.options.dropout_p != 0) return new_rng_state(a);
+  Tensor state = new_tensor({kRngStateSize}, at::kLong, a.query);
+  cuda::set_zero(state.mutable_data_ptr(), state.nbytes(), current_stream(state));
+  return state;
+}
+
 ForwardResult attention_forward_cuda(const ForwardArguments& a) {
   const c10::DeviceGuard guard(a.query.device());
-  return run_forward(a, [&](const AttentionProblem& problem, const ForwardOutputs& outputs) {
+  return run_forward(a, new_rng_state_cuda(a), [&](const AttentionProblem& problem, const ForwardOutputs& outputs) {
     const AttentionProblem p = with_precision_of_matmul(problem);
     const cuda::Stream stream = current_stream(a.query);
-    const Tensor workspace = workspace_of(cuda::forward_workspace_bytes(p, stream), a.query);
-    cuda::attention_forward(p, outputs, workspace.mutable_data_ptr(), stream);
+    Tensor workspace;  // of no bytes, none is made
+    if (const size_t bytes = cuda::forward_workspace_bytes(p, stream)) workspace = workspace_of(bytes, a.query);
+    cuda::attention_forward(p, outputs, workspace.defined() ? workspace.mutable_data_ptr() : nullptr, stream);
   });
 }
 
