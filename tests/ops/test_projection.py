@@ -93,7 +93,7 @@ def test_long_calls_in_float32_run_on_amx() -> None:
     assert kernels_in(lambda: results(ops.projection, inputs)) == []
     with torch.inference_mode():
         assert kernels_in(lambda: ops.projection(*inputs)) == []
-    for too_small in (((95, 128), 192), ((1024, 63), 64), ((1024, 64), 63)):
+    for too_small in (((95, 128), 192), ((96, 64), 64), ((1024, 63), 64), ((1024, 64), 63)):
         assert kernels_in(lambda sizes=too_small: results(ops.projection, draw(sizes))) != []
 
 
