@@ -6,91 +6,13 @@
 #include "../forward.h"
 #include "band_edges.h"
 #include "dropout_beside.h"
+#include "forward_tiles.h"
 #include "masked_scores.h"
 #include "operands.h"
+#include "product_beside.h"
 #include "softmax_pairs.h"
 
 namespace torch_attn::cpu::TORCH_ATTN_ISA {
-
-constexpr int64_t kAmxRows = 1024;
-
-// With a window, fewer tasks pack the same keys (1 to 2 % faster than 1024 rows): few of their rows are in use at a
-// time.
-constexpr int64_t kWindowRows = 4096;
-TA_INLINE bool has_narrow_window(const AttentionProblem& p) { return p.window_left + p.window_right < 2 * kAmxRows; }
-
-// A panel walks over so many bytes of keys and values before the next one does. A mask's rows are then read in pieces
-// long enough for memory: with one block of keys at a time, masks cost 1.4 (float) to 3 times (boolean, 8192 keys) as
-// much. Twice as many bytes gain 3 % more there, and lose 1 % without a mask at head_dim 128. Without a mask it is up
-// to 5 % faster in bfloat16, and 1 % slower in float32, whose keys and values are three pieces each.
-constexpr int64_t kSpanBytes = 256 * 1024;
-
-// Asks for rows between the stages of a tile and beside its products: in larger portions rows would wait for each
-// other, and the products after them. Products of numbers in pieces take so long that they ask once; beside each,
-// float32 would be 3 % slower.
-template <class Stored>
-class AskBeside {
- public:
-  static constexpr bool kMayOverwrite = true;
-
-  TA_INLINE AskBeside(RowsAhead& ahead) : ahead_(ahead) {}
-
-  template <bool kAccumulate, PieceProducts kProducts>
-  TA_NOINLINE void multiply(int64_t m_tiles, int64_t n_tiles, int64_t steps, TileOperand a, TileOperand b, float* c,
-                            int64_t c_stride, WaitingSums& waiting) const {
-    if (portions(m_tiles, n_tiles, steps) > 1) {
-      tile_product_beside<kAccumulate, kProducts>(m_tiles, n_tiles, steps, a, b, c, c_stride, waiting, *this);
-    } else {
-      ask();
-      tile_product<kAccumulate, kProducts>(m_tiles, n_tiles, steps, a, b, c, c_stride, waiting);
-    }
-  }
-  // How many portions a product asks for.
-  static TA_INLINE int64_t portions(int64_t m_tiles, int64_t n_tiles, int64_t steps) {
-    const bool beside = kCallsBeside && kPiecesOf<Stored> == 1 && m_tiles % 2 == 0 && n_tiles % 2 == 0;
-    return beside ? m_tiles / 2 * (n_tiles / 2) * steps : 1;
-  }
-
-  template <int kSlot, int kSlots>
-  TA_INLINE void slot() const {
-    if constexpr (kSlot == kSlots - 1) ask();
-  }
-  TA_NOINLINE void ask() const { ahead_.ask_for_portion(); }
-
- private:
-  RowsAhead& ahead_;
-};
-
-// A product with something else beside it, as far as there is a place for it.
-template <class Parts>
-struct ProductBeside {
-  Parts& parts;
-  static constexpr bool kMayOverwrite = false;  // another copy of the parts' code would gain little
-
-  template <bool kAccumulate, PieceProducts kProducts>
-  TA_INLINE void multiply(int64_t m_tiles, int64_t n_tiles, int64_t steps, TileOperand a, TileOperand b, float* c,
-                          int64_t c_stride, WaitingSums& waiting) const {
-    if (m_tiles % 2 == 0 && n_tiles % 2 == 0) {
-      tile_product_beside<kAccumulate, kProducts>(m_tiles, n_tiles, steps, a, b, c, c_stride, waiting, parts);
-    } else {
-      tile_product<kAccumulate, kProducts>(m_tiles, n_tiles, steps, a, b, c, c_stride, waiting);
-    }
-  }
-};
-
-// Where the mask of a tile starts that begins with a row and a key; null if it is not read there, or none is.
-TA_INLINE const char* next_mask_of(const ScoreStage<float>& stage, int64_t row, int64_t key) {
-  const MaskRows& mask = stage.mask_rows;
-  const bool is_read = mask.data != nullptr && mask.row_stride != 0 && mask.column_stride == 1 && key < mask.keys;
-  return is_read ? mask.at(row, key) : nullptr;
-}
-
-// Keys per block. Measured on an Intel Xeon with AMX: 64 is 5 to 10 % faster than 128 at head_dim 64, whose tiles then
-// stay in the L1 cache, and 10 % slower at 128, where each block's addition to the output weighs more.
-template <class Stored>
-TA_INLINE int64_t amx_key_block(const AttentionProblem& p) {
-  return kPiecesOf<Stored> == 1 && larger(p.head_dim, p.value_dim) > 64 ? kAmxKeys : kAmxKeys / 2;
-}
 
 template <class Stored>
 struct AmxForward {
@@ -124,90 +46,9 @@ struct AmxForward {
 
   int64_t items() const { return p.batch * p.heads * row_blocks; }
 
-  struct Block {
-    int64_t batch, head, row, rows, lanes;
-    uint16_t* query;                               // B operands: [lane offset · head_dim][head_dim / 2][lane][2]
-    float* out;                                    // [lane offset · value_dim][value_dim][lane]
-    float *maximum, *old_maximum, *sum, *rescale;  // [lane]
-    float *bias, *staging;                         // one tile: [key][lane]
-    bool* has_output;                              // [panel]: out is 0, and not written, before its first weights
-    const PhiloxPanel* philox;
-    uint16_t* weights;  // a B operand
-    WaitingSums* sums;
-  };
-
-  // A block of keys as A operands: keys by rows, values transposed.
-  struct KeyBlock {
-    int64_t key, keys, all_keys;  // all_keys: with padding
-    TileOperand key_rows, value_columns;
-    BiasTile<float> bias;        // of a mask that has one number for each key
-    PhiloxPanel::Groups groups;  // with dropout
-    uint16_t *key_memory, *value_memory;
-    float* bias_memory;
-  };
-  static constexpr int64_t kMostKeyBlocks = 16;
-
-  // A panel's scores with a block of keys.
-  struct Tile {
-    int64_t offset;
-    const KeyBlock* keys;
-    KeySpan span;
-    float* scores;    // [key][lane], divided by factor
-    uint32_t* words;  // of dropout, from span.begin on
-    float factor;
-    bool rescaled;          // see settle_maximum
-    const char* next_mask;  // the element that the next tile's mask starts with
-  };
-
-  // The tiles of a block of rows and some blocks of keys, without those that the band excludes: panel by panel, from
-  // the first to the last and then anew.
-  struct PanelTiles {
-    const BandMask& band;
-    const Block& block;
-    const KeyBlock* key_blocks;
-    int64_t panels, count, first, total = 0;
-    int64_t panel, key_block = 0, end_block = 0;  // key_block: of the panel's, up to end_block
-    bool whole;                                   // whether the band excludes none
-
-    PanelTiles(const BandMask& mask, const Block& rows, const KeyBlock* blocks, int64_t block_count,
-               int64_t first_panel)
-        : band(mask),
-          block(rows),
-          key_blocks(blocks),
-          panels(rows.lanes / kAmxLanes),
-          count(block_count),
-          first(first_panel),
-          panel(first_panel) {
-      const KeyRange all = band.keys_of_all(block.row, block.row + block.rows);
-      const KeyBlock& last = blocks[larger<int64_t>(count, 1) - 1];
-      whole = count > 0 && all.begin <= blocks[0].key && last.key + last.keys <= all.end;
-      for (panel = panels - 1; panel >= first_panel; --panel) {
-        cut();
-        total += end_block - key_block;
-        if (end_block > key_block) first = panel;
-      }
-      panel = first;
-      if (total > 0) cut();
-    }
-
-    void advance() {
-      if (++key_block < end_block) return;
-      do {
-        panel = panel + 1 < panels ? panel + 1 : first;
-        cut();
-      } while (end_block <= key_block && panel != first);
-    }
-
-    // Which blocks of keys the panel attends.
-    void cut() {
-      key_block = 0, end_block = count;
-      if (whole) return;
-      const int64_t row = block.row + panel * kAmxLanes, end = smaller(row + kAmxLanes, block.row + block.rows);
-      const KeyRange keys = band.keys_of_any(row, end);
-      while (key_block < end_block && key_blocks[key_block].key + key_blocks[key_block].keys <= keys.begin) ++key_block;
-      while (key_block < end_block && key_blocks[end_block - 1].key >= keys.end) --end_block;
-    }
-  };
+  using Block = ForwardRows;
+  using KeyBlock = ForwardKeys;
+  using Tile = ForwardTile;
 
   void run(int64_t item, Scratch& scratch) const {
     const TileSession session;
@@ -307,7 +148,7 @@ struct AmxForward {
         }
         ++count;
       }
-      PanelTiles tiles_of(stage.band, block, key_blocks, count, finished);
+      BandTiles tiles_of(stage.band, block, key_blocks, count, finished);
       const NextRows next(p, block.batch, kv_head, end, span_keys, range.end - end, tiles_of.total);
       // Rows of panels that start or end with the next keys; in the first keys, these' too.
       int64_t starting = queries_asked, ending = outputs_asked;

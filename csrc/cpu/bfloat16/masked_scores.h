@@ -113,4 +113,11 @@ class MaskedPanel {
   alignas(64) uint32_t bits_[kAmxKeys];
 };
 
+// Where the mask of a tile starts that begins with a row and a key; null if it is not read there, or none is.
+TA_INLINE const char* next_mask_of(const ScoreStage<float>& stage, int64_t row, int64_t key) {
+  const MaskRows& mask = stage.mask_rows;
+  const bool is_read = mask.data != nullptr && mask.row_stride != 0 && mask.column_stride == 1 && key < mask.keys;
+  return is_read ? mask.at(row, key) : nullptr;
+}
+
 }  // namespace torch_attn::cpu::TORCH_ATTN_ISA
