@@ -76,7 +76,7 @@ struct BandTiles {
   bool whole;                                   // whether the band excludes none
 
   BandTiles(const BandMask& mask, const ForwardRows& rows, const ForwardKeys* blocks, int64_t block_count,
-             int64_t first_panel)
+            int64_t first_panel)
       : band(mask),
         block(rows),
         key_blocks(blocks),
