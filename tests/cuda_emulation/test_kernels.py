@@ -349,13 +349,15 @@ KERNELS = [
     Kernel("forward", "sm80", Run.forward, redundant_warp_barriers=FIRST),
     Kernel("decode", "sm80", Run.forward, query_length=3, key_length=800),
     Kernel("query_gradient", "sm80", query_gradient),
-    Kernel("forward", "sm90", Run.forward, query_length=300, key_length=1200),
+    Kernel("forward", "sm90", Run.forward, query_length=256, key_length=1200),
     Kernel("short_forward", "sm90", Run.forward, redundant_warp_barriers=FIRST, key_length=500),
-    # What the second tells the copying warps of keys, values tell them soon enough.
+    # The third is a turn, which only makes it faster. What the second of a warp's tells the copying warps of keys, values
+    # tell them soon enough.
     Kernel(
         "forward_in_parts",
         "sm90",
         Run.forward,
+        redundant_block_barriers=frozenset({2}),
         redundant_warp_barriers=frozenset({1}),
         query_length=100,
         key_length=1200,
