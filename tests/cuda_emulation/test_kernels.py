@@ -351,8 +351,8 @@ KERNELS = [
     Kernel("query_gradient", "sm80", query_gradient),
     Kernel("forward", "sm90", Run.forward, query_length=256, key_length=1200),
     Kernel("short_forward", "sm90", Run.forward, redundant_warp_barriers=FIRST, key_length=500),
-    # The third is a turn, which only makes it faster. What the second of a warp's tells the copying warps of keys, values
-    # tell them soon enough.
+    # The third is a turn, which only makes it faster. What a warp's second tells the copying warps of keys, values tell
+    # them soon enough.
     Kernel(
         "forward_in_parts",
         "sm90",
