@@ -158,10 +158,10 @@ constexpr bool kAddsAtEnd = kAccumulate && kProducts.pieces > 2;
 template <PieceProducts kProducts, bool kAccumulate, class Beside>
 TA_INLINE void square_block(int64_t steps, const TileOperand& a, int64_t m, const TileOperand& b, int64_t n, float* c,
                             int64_t c_stride, WaitingSums& waiting, Beside& beside) {
-  constexpr bool kAdds = kAddsAtEnd<kProducts, kAccumulate>;
+  constexpr bool kAdds = kAddsAtEnd<kProducts, kAccumulate>, kLoads = kAccumulate && !kAdds;
   const int64_t a_offset = m * kTileSide * a.row_bytes, b_offset = n * 64;
-  multiply_tiles<kProducts, 2, 2>(a, a_offset, b, b_offset, 0,
-                                  OpenBlock < kAccumulate && !kAdds > {waiting, c, c_stride}, beside);
+  const OpenBlock<kLoads> open{waiting, c, c_stride};
+  multiply_tiles<kProducts, 2, 2>(a, a_offset, b, b_offset, 0, open, beside);
   for (int64_t step = 1; step < steps; ++step)
     multiply_tiles<kProducts, 2, 2>(a, a_offset, b, b_offset, step, OpenedBefore(), beside);
   waiting.add();
