@@ -46,6 +46,19 @@ TA_INLINE void clear_sums() {
   if constexpr (kTile == 3) _tile_zero(3);
 }
 
+// c += kM × kN tiles of sums that have just been stored, one row of tiles below the other.
+template <int kM, int kN>
+TA_INLINE void add_stored_sums(const float* sums, float* c, int64_t c_stride) {
+  asm volatile("" ::: "memory");
+  for (int64_t i = 0; i < kM * kTileSide; ++i) {
+#pragma GCC unroll 2
+    for (int64_t j = 0; j < kN * kTileSide; j += kLanes<float>) {
+      float* sum = c + i * c_stride + j;
+      store(sum, load(sum) + load(sums + i * kN * kTileSide + j));
+    }
+  }
+}
+
 // The sums of the last 2 × 2 tiles of a product, in their registers. They are stored one by one between the next
 // block's first multiplications: a store waits for its tile's last multiplication, and four of them in a row fill the
 // scheduler, so that no multiplication starts meanwhile. Eight multiplications and four stores take 39 ns this way, 54
@@ -72,14 +85,7 @@ class WaitingSums {
   // After all four stores: adds them to what they were to be added to.
   TA_INLINE void add() {
     if (sum_ == nullptr) return;
-    asm volatile("" ::: "memory");
-    for (int64_t i = 0; i < 2 * kTileSide; ++i) {
-#pragma GCC unroll 2
-      for (int64_t j = 0; j < 2 * kTileSide; j += kLanes<float>) {
-        float* sum = sum_ + i * sum_stride_ + j;
-        cpu::TORCH_ATTN_ISA::store(sum, load(sum) + load(memory_ + i * 2 * kTileSide + j));
-      }
-    }
+    add_stored_sums<2, 2>(memory_, sum_, sum_stride_);
     sum_ = nullptr;
   }
 
@@ -190,16 +196,7 @@ TA_INLINE void edge_block(int64_t steps, const TileOperand& a, int64_t m, const 
     multiply_tiles<kProducts, kM, kN>(a, m * kTileSide * a.row_bytes, b, n * 64, step, OpenedBefore(), nothing);
   store_sums<0>(place, stride * 4);
   if constexpr (kM * kN == 2) store_sums<kSecond>(second, stride * 4);
-  if constexpr (kAdds) {
-    asm volatile("" ::: "memory");
-    for (int64_t i = 0; i < kM * kTileSide; ++i) {
-#pragma GCC unroll 2
-      for (int64_t j = 0; j < kN * kTileSide; j += kLanes<float>) {
-        float* sum = c + i * c_stride + j;
-        store(sum, load(sum) + load(sums + i * stride + j));
-      }
-    }
-  }
+  if constexpr (kAdds) add_stored_sums<kM, kN>(sums, c, c_stride);
 }
 
 constexpr bool kCallsBeside = true;
