@@ -17,6 +17,7 @@ struct VectorPanel {
   static constexpr int64_t kRows = kMaxVectors * kLanes<Real>;
   static constexpr int64_t kKeys = kBackwardKeys;  // per block
   static constexpr int64_t kPaddedKeys = 0;        // how far scores may write beyond a block's keys
+  static constexpr bool kCombines = true;          // whether it multiplies weights by values
 
   // What all tasks share: keys and, if an output is computed, values, copied once where every panel would copy them.
   struct Shared {
@@ -112,9 +113,6 @@ struct VectorPanel {
     combine_rows<Real, kVectors, false>(p.value_dim, keys, value_rows.data, value_rows.stride, weights, out, nullptr);
   }
 
-  // Rows of a panel of outputs.
-  int64_t value_columns() const { return p.value_dim; }
-
   // Writes weights [key][lane] times factor[lane] to the rows of a tensor that start at columns, as far as that needs
   // no detour; returns how many of the keys are done.
   template <int kVectors>
@@ -204,8 +202,10 @@ struct WeightsKernel {
       weights = scratch.take<Real>((chunk + Panel::kPaddedKeys) * kRows);
       sums = scratch.take<Real>(mean ? chunk * kRows : 0);
       for (Real** array : {&maximum, &sum, &factor}) *array = scratch.take<Real>(kRows);
-      out = scratch.take<Real>(kRows * panel.value_columns());
-      out_rows = scratch.take<Real>(kRows * round_up(panel.value_columns(), kLanes<Real>));
+      if constexpr (Panel::kCombines) {
+        out = scratch.take<Real>(kRows * p.value_dim);
+        out_rows = scratch.take<Real>(kRows * round_up(p.value_dim, kLanes<Real>));
+      }
       weight_rows = scratch.take<Real>(kRows * round_up(kKeys, kLanes<Real>));
     }
   };
@@ -310,11 +310,13 @@ struct WeightsKernel {
       const Vec<Real> sink_weight = Math::exp(splat(sink) - Softmax::safe_maximum(maximum));
       store(memory.sum + i, sink == nothing ? splat(Real{0}) : sink_weight);
     }
-    const bool with_output = outputs.out.defined();
-    if (with_output) fill<Real>(memory.out, 0, memory.panel.value_columns() * width);
+    const bool with_output = Panel::kCombines && outputs.out.defined();
+    if (with_output) fill<Real>(memory.out, 0, p.value_dim * width);
     for_each_block<kVectors>(memory.weights, range.begin, range.end, [&](int64_t key, int64_t keys, Real* place) {
       exponentials<Panel, kVectors>(keys, memory.factor, place, memory.sum);
-      if (with_output) memory.panel.template combine<kVectors>(key, keys, place, memory.out);
+      if constexpr (Panel::kCombines) {
+        if (with_output) memory.panel.template combine<kVectors>(key, keys, place, memory.out);
+      }
     });
 
     for (int64_t i = 0; i < width; i += n_lanes) {

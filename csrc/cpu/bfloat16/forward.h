@@ -14,7 +14,8 @@
 
 namespace torch_attn::cpu::TORCH_ATTN_ISA {
 
-template <class Stored>
+// With kKeepsWeights, which dropout excludes, a tile's weights, not yet divided by their sum, replace its scores.
+template <class Stored, bool kKeepsWeights = false>
 struct AmxForward {
   static constexpr int kPieces = kPiecesOf<Stored>;
 
@@ -61,24 +62,14 @@ struct AmxForward {
     const ScoreStage<float> stage(p, block.batch, block.head);
     const int64_t kv_head = block.head / (p.heads / p.kv_heads);
     const int64_t packed_values = round_up(p.value_dim, kTileDepth);
-    constexpr int64_t tile = kAmxKeys * kAmxLanes;
-
-    block.query = scratch.take<uint16_t>(kPieces * block.lanes * head_dim);
-    block.has_output = scratch.take<bool>(block.lanes / kAmxLanes);
-    block.out = scratch.take<float>(block.lanes * value_dim);
-    for (float** array : {&block.maximum, &block.old_maximum, &block.sum, &block.rescale}) {
-      *array = scratch.take<float>(block.lanes);
-    }
-    Tile tiles[2];
-    for (Tile& memory : tiles) {
-      memory.scores = scratch.take<float>(tile);
-      memory.words = scratch.take<uint32_t>(p.dropout_p > 0 ? dropout_words(kAmxKeys, kAmxLanes) : 0);
-    }
-    block.bias = scratch.take<float>(stage.mask ? tile : 0);
-    block.staging = scratch.take<float>(stage.mask ? tile : 0);
-    block.weights = scratch.take<uint16_t>(kPieces * tile);
     WaitingSums sums;
     block.sums = &sums;
+    take_memory(block, scratch);
+    Tile tiles[2];
+    for (Tile& memory : tiles) {
+      memory.scores = scratch.take<float>(kAmxKeys * kAmxLanes);
+      memory.words = scratch.take<uint32_t>(p.dropout_p > 0 ? dropout_words(kAmxKeys, kAmxLanes) : 0);
+    }
     auto* value_scratch = scratch.take<uint16_t>(kPieces * kAmxKeys * packed_values);
     auto* value_pairs = scratch.take<uint16_t>(kAmxKeys * packed_values);
     const int64_t key_block_size = amx_key_block<Stored>(p);
@@ -93,8 +84,6 @@ struct AmxForward {
       key_blocks[i].bias_memory = scratch.take<float>(stage.mask_is_per_key() ? key_block_size : 0);
     }
 
-    auto* query_memory = scratch.take<uint16_t>(kPieces * kAmxLanes * head_dim);
-    float* out_memory = scratch.take<float>(kAmxLanes * value_dim);
     const KeyRange range = stage.band.keys_of_any(block.row, block.row + block.rows);
     const PhiloxPanel philox(dropout, p.dropout_batch_head(block.batch, block.head));
     block.philox = &philox;
@@ -111,7 +100,7 @@ struct AmxForward {
                                     block.row + panel * kAmxLanes + rows_of(block, panel));
     };
     const auto start_until = [&](int64_t panel) {
-      while (started < panel) start(block, started++, query_memory);
+      while (started < panel) start(block, started++);
     };
     if (panels > 0) last_key = keys_of(0).end;
     // So many panels' rows of query and output have been asked for.
@@ -120,7 +109,7 @@ struct AmxForward {
     const auto finish_until = [&](int64_t panel, int64_t end) {
       while (finished < smaller(panel, started) && last_key <= end &&
              (waiting == nullptr || waiting->offset > finished * kAmxLanes)) {
-        finish(block, finished++, out_memory);
+        finish(block, finished++);
         if (finished < panels) last_key = keys_of(finished).end;
       }
     };
@@ -189,6 +178,22 @@ struct AmxForward {
     finish_until(panels, larger(range.end, stage.band.key_length));
   }
 
+  void take_memory(Block& block, Scratch& scratch) const {
+    constexpr int64_t tile = kAmxKeys * kAmxLanes;
+    const bool masked = p.attn_mask.defined();
+    block.query = scratch.take<uint16_t>(kPieces * block.lanes * head_dim);
+    block.has_output = scratch.take<bool>(block.lanes / kAmxLanes);
+    block.out = scratch.take<float>(block.lanes * value_dim);
+    for (float** array : {&block.maximum, &block.old_maximum, &block.sum, &block.rescale}) {
+      *array = scratch.take<float>(block.lanes);
+    }
+    block.bias = scratch.take<float>(masked ? tile : 0);
+    block.staging = scratch.take<float>(masked ? tile : 0);
+    block.weights = scratch.take<uint16_t>(kPieces * tile);
+    block.query_rows = scratch.take<uint16_t>(kPieces * kAmxLanes * head_dim);
+    block.out_rows = scratch.take<float>(kAmxLanes * value_dim);
+  }
+
   int64_t rows_of(const Block& block, int64_t panel) const {
     return smaller(kAmxLanes, block.rows - panel * kAmxLanes);
   }
@@ -198,10 +203,10 @@ struct AmxForward {
     return RowShares::of(view, block.batch, block.head, block.row + begin, end - begin, columns, shares);
   }
 
-  void start(const Block& block, int64_t panel, uint16_t* memory) const {
+  void start(const Block& block, int64_t panel) const {
     const int64_t offset = panel * kAmxLanes, rows = rows_of(block, panel);
-    Source<Stored>(p.query, block.batch, block.head, block.row + offset, rows, p.head_dim, rows, head_dim, memory,
-                   infinite)
+    Source<Stored>(p.query, block.batch, block.head, block.row + offset, rows, p.head_dim, rows, head_dim,
+                   block.query_rows, infinite)
         .lanes(block.query + offset * head_dim, block.lanes * head_dim, 0, kAmxLanes);
     const float lowest = -__builtin_inff();
     float sink = lowest;
@@ -213,8 +218,10 @@ struct AmxForward {
 
   // The scores of one panel, up to its new maximum; false if it attends none of the keys. The panel before, which waits
   // with its scores, is finished meanwhile: products alone leave the vector units idle, and exponentials the tiles.
+  // beside, if any, is done beside its product with the values, where there is a place for it.
+  template <class Beside = NothingBeside>
   TA_NOINLINE bool add_scores(const Block& block, Tile& tile, const Tile* waiting, const ScoreStage<float>& stage,
-                              RowsAhead& ahead) const {
+                              RowsAhead& ahead, Beside* beside = nullptr) const {
     const KeyBlock& keys = *tile.keys;
     const int64_t row = block.row + tile.offset, rows = smaller(kAmxLanes, block.rows - tile.offset);
     const KeySpan span = tile.span = KeySpan::of(stage.band, row, rows, keys.key, keys.all_keys, kTileDepth);
@@ -239,8 +246,10 @@ struct AmxForward {
                  (is_masked && !is_beside ? masked.squares(span) : 0));
     ask.ask();
     const auto multiply = [&]<int kParts>() TA_INLINE_LAMBDA {
-      (this->*(p.dropout_p > 0 ? &AmxForward::multiply_keys<true, kParts> : &AmxForward::multiply_keys<false, kParts>))(
-          block, tile, waiting);
+      if constexpr (!kKeepsWeights) {
+        if (p.dropout_p > 0) return multiply_keys<true, kParts>(block, tile, waiting);
+      }
+      multiply_keys<false, kParts>(block, tile, waiting);
     };
     // A block of 32 keys has 32 parts.
     if (head_dim <= 64) {
@@ -257,7 +266,11 @@ struct AmxForward {
     if (p.dropout_p > 0) {
       drop(block, tile, is_beside ? nullptr : waiting, ask);
     } else if (!is_beside) {
-      multiply_waiting(ask);
+      if constexpr (std::is_same_v<Beside, NothingBeside>) {
+        multiply_waiting(ask);
+      } else {
+        multiply_waiting(ProductBeside{*beside});
+      }
     }
     if (waiting == nullptr || is_beside) block.sums->flush();  // else values' product has stored the last scores
 
@@ -301,7 +314,7 @@ struct AmxForward {
     const TileOperand query_operand{block.query + tile.offset * head_dim, kAmxLanes * 4, kTileDepth / 2 * kAmxLanes * 4,
                                     block.lanes * head_dim * 2};
     float* scores = tile.scores + begin * kAmxLanes;
-    SoftmaxPairs<Stored, kDropout, kParts> softmax;
+    SoftmaxPairs<Stored, kDropout, kParts, kKeepsWeights> softmax;
     if (waiting != nullptr) softmax = softmax_of<kDropout, kParts>(block, *waiting);
     tile_product_beside<false, kDots<Stored>>(m_tiles, kAmxVectors, steps, key_operand, query_operand, scores,
                                               kAmxLanes, *block.sums, softmax);
@@ -309,7 +322,8 @@ struct AmxForward {
   }
 
   template <bool kDropout, int kParts>
-  TA_INLINE SoftmaxPairs<Stored, kDropout, kParts> softmax_of(const Block& block, const Tile& tile) const {
+  TA_INLINE SoftmaxPairs<Stored, kDropout, kParts, kKeepsWeights> softmax_of(const Block& block,
+                                                                             const Tile& tile) const {
     return {tile.span.begin, tile.span.end, tile.factor, tile.scores, tile.words, block.maximum + tile.offset,
             block.weights};
   }
@@ -387,7 +401,7 @@ struct AmxForward {
                                                    kAmxLanes, *block.sums);
   }
 
-  void finish(const Block& block, int64_t panel, float* memory) const {
+  void finish(const Block& block, int64_t panel) const {
     using Softmax = OnlineSoftmax<VectorMath<float>>;
     const float keep_scale = p.dropout_p > 0 ? static_cast<float>(Dropout::keep_scale(p.dropout_p)) : 1.0f;
     block.sums->flush();
@@ -402,7 +416,7 @@ struct AmxForward {
     float* logsumexp = static_cast<float*>(outputs.logsumexp) + p.first_row(block.batch, block.head) + row;
     __builtin_memcpy(logsumexp, maximum, rows * sizeof(float));
     store_panel(outputs.out, block.batch, block.head, row, rows, p.value_dim, block.out + offset * value_dim, kAmxLanes,
-                sums, memory);
+                sums, block.out_rows);
   }
 };
 

@@ -40,7 +40,9 @@ struct ForwardRows {
   float *bias, *staging;                         // one tile: [key][lane]
   bool* has_output;                              // [panel]: out is 0, and not written, before its first weights
   const PhiloxPanel* philox;
-  uint16_t* weights;  // a B operand
+  uint16_t* weights;     // a B operand
+  uint16_t* query_rows;  // of a panel, on their way
+  float* out_rows;
   WaitingSums* sums;
 };
 

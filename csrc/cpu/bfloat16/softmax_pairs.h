@@ -45,11 +45,11 @@ TA_INLINE bool settle_maximum(const float* old_maximum, float* maximum, float* r
 // Scores (divided by factor) of keys [begin, end) become weights, stored as the pairs of a B operand that starts at key
 // begin and has pieces of kAmxKeys keys; sums are brought up to date. words are KeptTile's, from key begin on. Done in
 // parts beside tile products, of which each step of one 2 × 2 block takes kParts: pairs of keys, for one vector of
-// lanes.
-template <class Stored, bool kDropout, int kParts = 0>
+// lanes. With kKeeps, weights replace the scores as well.
+template <class Stored, bool kDropout, int kParts = 0, bool kKeeps = false>
 class SoftmaxPairs {
  public:
-  TA_INLINE SoftmaxPairs(int64_t begin, int64_t end, float factor, const float* scores, const uint32_t* words,
+  TA_INLINE SoftmaxPairs(int64_t begin, int64_t end, float factor, float* scores, const uint32_t* words,
                          const float* maximum, uint16_t* pairs)
       : factor_(factor), scores_(scores + begin * kAmxLanes), words_(words), pairs_(pairs), count_((end - begin) / 2) {
 #pragma GCC unroll 2
@@ -93,6 +93,10 @@ class SoftmaxPairs {
     const int64_t place = 2 * done_ * kAmxLanes + n * n_lanes;
     const Vec<float> even = exp_for<Stored>(load(scores_ + place) * factor_ - subtracted_[n]);
     const Vec<float> odd = exp_for<Stored>(load(scores_ + place + kAmxLanes) * factor_ - subtracted_[n]);
+    if constexpr (kKeeps) {
+      store(scores_ + place, even);
+      store(scores_ + place + kAmxLanes, odd);
+    }
     even_sum_[n] += even;
     odd_sum_[n] += odd;
     uint16_t* to = pairs_ + 2 * done_ * kAmxLanes + 2 * n * n_lanes;
@@ -105,7 +109,7 @@ class SoftmaxPairs {
   }
 
   float factor_ = 0;
-  const float* scores_ = nullptr;
+  float* scores_ = nullptr;
   const uint32_t* words_ = nullptr;
   uint16_t* pairs_ = nullptr;
   int64_t count_ = 0, done_ = 0;

@@ -1,4 +1,4 @@
-// The two products of ../map_weights.h by those of tiles.h. Included by map_kernels.h.
+// The first product of ../map_weights.h by those of tiles.h. Included by map_kernels.h.
 #pragma once
 
 #include "../map_weights.h"
@@ -36,6 +36,7 @@ struct AmxPanel {
   static constexpr int64_t kRows = 2 * kAmxLanes;
   static constexpr int64_t kKeys = kAmxKeys / 2;
   static constexpr int64_t kPaddedKeys = kTileDepth;
+  static constexpr bool kCombines = false;  // joint_weights.h and softmax_weights.h do
 
   // All keys and, transposed, values, padded to whole tiles once for all panels of rows, in blocks of keys:
   // [batch · kv head][block][key][column] and [batch · kv head][block][column][key], or the same in pieces.
@@ -89,14 +90,13 @@ struct AmxPanel {
   const Shared& shared;
   TileSession session;
   TileScratch<float> tile;
-  uint16_t *query, *row_memory, *pairs;
+  uint16_t *query, *row_memory;
   int64_t batch = 0, head = 0, row = 0, rows = 0;
 
   AmxPanel(const AttentionProblem& problem, const Shared& state, Scratch& scratch)
       : p(problem), shared(state), tile(problem, scratch) {
     query = scratch.take<uint16_t>(kPieces * kRows * shared.key_columns);
     row_memory = scratch.take<uint16_t>(kPieces * kRows * shared.key_columns);
-    pairs = scratch.take<uint16_t>(kPieces * kKeys * kRows);
   }
 
   void start(int64_t new_batch, int64_t new_head, int64_t first_row, int64_t row_count) {
@@ -134,25 +134,6 @@ struct AmxPanel {
   }
 
   static TA_INLINE Vec<float> exp(Vec<float> x) { return exp_for<Stored>(x); }
-
-  template <int kVectors>
-  TA_NOINLINE void combine(int64_t key, int64_t keys, const float* weights, float* out) {
-    constexpr int64_t n_lanes = kLanes<float>, width = kVectors * n_lanes;
-    const int64_t all_keys = round_up(keys, kTileDepth);
-    for (int64_t j = 0; j < all_keys; j += 2) {
-      for (int n = 0; n < kVectors; ++n) {
-        const float* place = weights + j * width + n * n_lanes;
-        store_pairs<Stored>(pairs + j * width + 2 * n * n_lanes, kKeys * kRows, j < keys ? load(place) : splat(0.0f),
-                            j + 1 < keys ? load(place + width) : splat(0.0f));
-      }
-    }
-    const TileOperand value_operand = shared.values_of(shared.block(p, batch, head, key));
-    const TileOperand weight_operand{pairs, width * 4, kTileDepth / 2 * width * 4, kKeys * kRows * 2};
-    tile_product<true, kSums<Stored>>(value_columns() / kTileSide, kVectors, all_keys / kTileDepth, value_operand,
-                                      weight_operand, out, width);
-  }
-
-  int64_t value_columns() const { return round_up(p.value_dim, kTileSide); }
 
   // Neighbouring keys become one 32-bit element, so that a transposed tile holds 32 keys of a row.
   template <int kVectors>
