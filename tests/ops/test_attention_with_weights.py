@@ -79,6 +79,24 @@ def test_every_dtype_on_every_instruction_set(
 
 
 @BOTH
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("of_each_head", [False, True], ids=["shared", "of each head"])
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+def test_tiles_that_a_head_does_not_attend(
+    is_causal: bool, of_each_head: bool, dtype: torch.dtype, mean: bool, isa: str, poisoned_memory: None
+) -> None:
+    """Their weights are 0, also where weights of other heads have lain before; several tasks' rows, the last's few."""
+    tiles = torch.rand(1, 3 if of_each_head else 1, 14, 5) > 0.5
+    attended = tiles.repeat_interleave(32, 2).repeat_interleave(64, 3)[:, :, :430, :310]
+    if not of_each_head:
+        attended = attended & (torch.rand(430, 310) > 0.2)
+    given: dict[str, Any] = {"query": torch.randn(1, 3, 430, 40), "key": torch.randn(1, 3, 310, 40)}
+    given |= {"value": torch.randn(1, 3, 310, 72), "attn_mask": attended, "is_causal": is_causal}
+    given = {n: x.to(dtype) if n in ("query", "key", "value") else x for n, x in given.items()}
+    assert_near(ours(given, mean), given, mean, dtype)
+
+
+@BOTH
 @pytest.mark.parametrize("case", MAP_CASES, ids=str)
 def test_gradients_through_both_add_up(case: Case, mean: bool) -> None:
     given = draw(case, torch.float64)
