@@ -116,13 +116,7 @@ __global__ void __launch_bounds__(BackwardShape<kDim>::kThreads, 1)
 #pragma unroll
       for (int part = 0; part < kRows / kPartColumns; ++part) {
         if (part > 0) ptx::wgmma_wait<0>();  // the weights' registers take the next ones
-#pragma unroll
-        for (int k = 0; k < kSteps; ++k)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float (&w)[4] = x[2 * (part * kSteps + k) + i / 2];
-            weights[k][i] = ptx::pack(w[i % 2 * 2], w[i % 2 * 2 + 1], type);
-          }
+        pack_weights<T>(x, 2 * part * kSteps, weights);
         ptx::wgmma_fence();
 #pragma unroll
         for (int k = 0; k < kSteps; ++k)

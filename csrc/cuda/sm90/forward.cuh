@@ -181,13 +181,7 @@ __global__ void __launch_bounds__(ForwardShape<kDim>::kThreads, 1)
           result.sum[i / 2] += x[n][i];
         }
     };
-    const auto round_weights = [&] {
-#pragma unroll
-      for (int k = 0; k < kKeys / 16; ++k)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          weights[k][i] = ptx::pack(x[2 * k + i / 2][i % 2 * 2], x[2 * k + i / 2][i % 2 * 2 + 1], type);
-    };
+    const auto round_weights = [&] { pack_weights<T>(x, 0, weights); };
 
     // Warpgroups issue their products one after the other, from the first to the last and again.
     const auto wait_for_turn = [&] { ptx::barrier_sync(kTurnBarrier + warpgroup, 2 * kWarpgroup); };

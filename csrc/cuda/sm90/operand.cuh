@@ -74,4 +74,17 @@ TA_DEVICE void store_parts(const Rows<T>& to, int64_t row, const float (&sum)[kD
   }
 }
 
+// A warpgroup's product, whose rows are the next product's, rounded to be that one's left operand in registers: groups
+// of eight columns from the first on.
+template <class T, int kSteps, int kGroups>
+TA_DEVICE void pack_weights(const float (&x)[kGroups][4], int first, uint32_t (&weights)[kSteps][4]) {
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float (&group)[4] = x[first + 2 * k + i / 2];
+      weights[k][i] = ptx::pack(group[i % 2 * 2], group[i % 2 * 2 + 1], T{});
+    }
+}
+
 }  // namespace torch_attn::cuda::sm90

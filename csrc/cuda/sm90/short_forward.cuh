@@ -111,13 +111,7 @@ __global__ void __launch_bounds__(ShortForwardShape::kThreads, ShortForwardShape
     for (int half = 0; half < 2; ++half)
       rescale[half] = sm80::softmax_row<false>(x, half, maximum[half], sum[half], factor);
   };
-  const auto round_weights = [&] {
-#pragma unroll
-    for (int k = 0; k < kKeys / 16; ++k)
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        weights[k][i] = ptx::pack(x[2 * k + i / 2][i % 2 * 2], x[2 * k + i / 2][i % 2 * 2 + 1], type);
-  };
+  const auto round_weights = [&] { pack_weights<T>(x, 0, weights); };
 
   // While a step's weights are computed, the tensor cores multiply the last step's with their values.
   shared.query.template copy<Shape::kThreads>(Rows<T>(p.query, batch, head, queries, p.head_dim, p.first_query(batch)),
