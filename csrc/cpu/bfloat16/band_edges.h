@@ -1,6 +1,6 @@
 // The ends of a band (causal diagonals, a window's, the last key) in a panel's scores where nothing else changes them:
 // a key's lanes that attend it are an interval, so that one masked store a vector of the edges' keys will do. Other
-// scores go through ../score_tile.h. Included by forward.h and walk.h.
+// scores go through ../score_tile.h. Included by forward_stages.h and walk.h.
 #pragma once
 
 #include "../score_tile.h"

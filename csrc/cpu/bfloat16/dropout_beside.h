@@ -1,5 +1,4 @@
-// What dropout drops of a tile of weights, done beside tile products. Included by bfloat16/forward.h
-// and softmax_pairs.h.
+// What dropout drops of a tile of weights, done beside tile products. Included by forward_stages.h and softmax_pairs.h.
 #pragma once
 
 #include "../dropout_tile.h"

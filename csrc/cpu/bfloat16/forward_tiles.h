@@ -1,5 +1,5 @@
 // How the forward pass by products of bfloat16 is cut up: into blocks of rows, blocks of keys, and tiles of a panel of
-// rows with a block of keys. Included by forward.h and walk.h.
+// rows with a block of keys. Included by forward_stages.h and walk.h.
 #pragma once
 
 #include "../dropout_tile.h"

@@ -4,7 +4,7 @@
 // beside the next head's products, or are written. Included by map_kernels.h.
 #pragma once
 
-#include "forward.h"
+#include "forward_stages.h"
 #include "mean_beside.h"
 #include "weights.h"
 
@@ -25,12 +25,12 @@ struct JointWeights {
   const AttentionProblem& p;
   const SoftmaxOutputs& outputs;
   const Shared& shared;
-  AmxForward<Stored, true> forward;
+  ForwardStages<Stored, true> forward;
   int64_t task_rows, row_blocks;
 
   JointWeights(const AttentionProblem& problem, const SoftmaxOutputs& out, const ForwardOutputs& forward_out,
                const AttendedBits& attended, const Shared& state, int threads)
-      : p(problem), outputs(out), shared(state), forward(problem, forward_out, attended, threads, &state.infinite) {
+      : p(problem), outputs(out), shared(state), forward(problem, forward_out, attended, &state.infinite) {
     const int64_t row_bytes = shared.blocks * kKeys * static_cast<int64_t>(sizeof(float));
     int64_t most = larger(kAmxLanes, smaller(kJointRows, round_down(kMostWaiting / row_bytes, kAmxLanes)));
     const auto blocks_of = [&](int64_t rows) { return (p.query_length + rows - 1) / rows; };

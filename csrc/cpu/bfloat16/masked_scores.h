@@ -1,6 +1,6 @@
 // attn_mask on a panel's scores where nothing else changes them: beside the product of the panel before, so that
 // neither a tile of the mask nor a pass over the scores is needed. What this file does not serve (see
-// MaskedPanel::serves) goes through ../score_tile.h. Included by forward.h and walk.h.
+// MaskedPanel::serves) goes through ../score_tile.h. Included by forward_stages.h and walk.h.
 #pragma once
 
 #include "../score_tile.h"

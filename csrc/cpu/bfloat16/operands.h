@@ -1,5 +1,5 @@
 // From a tensor's rows to the operands of tile products: bfloat16 in the layouts of layouts.h, other numbers in pieces.
-// Included by forward.h and walk.h.
+// Included by forward_stages.h and walk.h.
 //
 // A Source is rows [row, row + rows) of one head, padded with zeros to all_rows × all_columns, multiples of 32 (but for
 // all_rows where only `lanes` is called). memory holds all_rows × all_columns of each piece and stays in use. Where a

@@ -1,5 +1,5 @@
-// The softmax stage of a panel's tile: from dots to the weights that the second product reads. Included by forward.h
-// and softmax_weights.h.
+// The softmax stage of a panel's tile: from dots to the weights that the second product reads. Included by
+// forward_stages.h and softmax_weights.h.
 #pragma once
 
 #include "../../core/online_softmax.h"

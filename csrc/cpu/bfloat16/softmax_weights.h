@@ -5,7 +5,7 @@
 // exponential is computed twice. Included by map_kernels.h.
 #pragma once
 
-#include "forward.h"
+#include "softmax_pairs.h"
 #include "weights.h"
 
 namespace torch_attn::cpu::TORCH_ATTN_ISA {
