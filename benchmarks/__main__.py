@@ -85,8 +85,9 @@ def main() -> None:
         print(f"{limit['place']}: peak {fma:.0f} GFLOP/s, memory {read:.1f} GB/s")
     for name, mean in report.geometric_means(results).items():
         print(f"geometric mean, {name}: {mean:.2f}x")
-    for name, cost in report.option_costs(results).items():
-        print(f"cost over plain, {name}: {100 * cost:.0f}%")
+    for result in results:
+        for cost in report.format_costs(result):
+            print(f"cost over plain: {cost}")
     if args.name and results:
         report.write_plot(results, folder / f"{args.name}.png")
 

@@ -55,6 +55,9 @@ class Case:
         blocks = -(-self.query_length // block) * -(-self.key_length // block)
         return float((last - first + 1).sum()) / blocks
 
+    def touched_scores(self) -> float:
+        return self.batch * self.heads * self.query_length * self.key_length * self.touched_share()
+
     def flops(self, mode: str) -> float:
         """Multiply-adds count two."""
         products = 4 * self.batch * self.heads * self.query_length * self.key_length * self.head_dim
@@ -170,3 +173,9 @@ CASES = [
         for n in (1, 4)
     ),
 ]
+
+
+def plain_cases(case: Case) -> list[Case]:
+    """What the cost of a case's options is measured against: the case that its name ends with and, for a window,
+    ``Case.plain``, where what each row's reading and writing costs is spread over as many keys, not over all."""
+    return [c for c in CASES if c.name == case.plain or (c.name[:1] == "B" and case.name.endswith(f" {c.name}"))]

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import platform
-import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -15,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-from .cases import CASES
 from .run import Result
 
 COLUMNS = ("case", "dtype", "mode", "against", "speedup (quartiles)", "% of limit", "error ours/torch")
@@ -44,24 +42,12 @@ def geometric_means(results: Iterable[Result]) -> dict[str, float]:
     return {name: math.exp(sum(map(math.log, s)) / len(s)) for name, s in groups.items()}
 
 
-def option_costs(results: list[Result]) -> dict[str, float]:
-    """What options cost us: the time for a block of scores that is touched, over the plain case's in the same run, less
-    1. The name of a case with an option ends with that of its plain case. A window has another one, ``Case.plain``:
-    what each row's reading and writing costs is spread over as many keys there, not over all."""
-    cases = {case.name: case for case in CASES}
-
-    def seconds_per_block(r: Result) -> float:
-        return cases[r.case].visible_share() / cases[r.case].touched_share() / r.gflops
-
-    costs = {}
-    for r in results:
-        for plain in results:
-            same = (plain.dtype, plain.mode, plain.threads, plain.baseline) == (r.dtype, r.mode, r.threads, r.baseline)
-            without = re.match(r"B\d", plain.case) and r.case.endswith(" " + plain.case)
-            if same and (without or plain.case == cases[r.case].plain):
-                cost = seconds_per_block(r) / seconds_per_block(plain) - 1
-                costs[f"{r.case} over {plain.case}, {r.dtype} {r.mode} {against(r)}"] = cost
-    return costs
+def format_costs(r: Result) -> list[str]:
+    return [
+        f"{100 * c.cost:.0f}% ({100 * c.cost_low:.0f} to {100 * c.cost_high:.0f}) {r.case} over {c.plain}, "
+        f"{r.dtype} {r.mode} {against(r)}"
+        for c in r.option_costs
+    ]
 
 
 # What restricts the instruction sets of this library and of PyTorch's parts.
@@ -93,7 +79,6 @@ def write_json(results: list[Result], limits: list[dict[str, float | str]], path
         "machine": machine(),
         "limits": limits,
         "geometric_means": geometric_means(results),
-        "option_costs": option_costs(results),
         "results": [r.as_dict() for r in results],
     }
     path.write_text(json.dumps(document, indent=1) + "\n")

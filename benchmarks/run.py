@@ -11,7 +11,7 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .cases import Case, ours, torchs, torchs_math
+from .cases import Case, ours, plain_cases, torchs, torchs_math
 from .measure import interleave
 
 Attention = Callable[..., Tensor]
@@ -28,6 +28,17 @@ BACKENDS = {
 
 class BackendRefuses(RuntimeError):
     """PyTorch's backend does not serve the case; the text says why."""
+
+
+@dataclass(frozen=True)
+class OptionCost:
+    """What a case's options cost us: the time for a score that is touched, over that of a plain call of ours in the
+    same rounds, less 1. The median of the rounds, with the quartiles as spread."""
+
+    plain: str
+    cost: float
+    cost_low: float
+    cost_high: float
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,7 @@ class Result:
     error_ours: float | None
     error_torch: float | None
     rounds: int
+    option_costs: list[OptionCost]
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -90,6 +102,14 @@ COMPUTE = {
 BASELINE = {"forward": torchs, "forward+backward": torchs, "jvp": torchs_math, "double backward": torchs_math}
 
 
+def draw(case: Case, dtype: torch.dtype, device: str) -> tuple[list[Tensor], Tensor, dict]:
+    """Query, key and value; a direction of the output; options."""
+    inputs = [x.to(device) for x in case.inputs(dtype)]
+    direction = torch.randn(case.batch, case.heads, case.query_length, case.head_dim).to(dtype).to(device)
+    options = {n: x.to(device) if isinstance(x, Tensor) else x for n, x in case.kwargs(dtype).items()}
+    return inputs, direction, options
+
+
 def as_call(
     attention: Attention, inputs: list[Tensor], direction: Tensor, options: dict, mode: str
 ) -> Callable[[], object]:
@@ -124,14 +144,11 @@ def run_case(
     """peak and bandwidth: operations and bytes a second. Raises BackendRefuses."""
     torch.manual_seed(0)
 
-    def moved(x: object) -> object:
-        return x.to(device) if isinstance(x, Tensor) else x
-
-    inputs = [x.to(device) for x in case.inputs(dtype)]
-    direction = torch.randn(case.batch, case.heads, case.query_length, case.head_dim).to(dtype).to(device)
-    options = {name: moved(x) for name, x in case.kwargs(dtype).items()}
+    inputs, direction, options = draw(case, dtype, device)
+    plains = plain_cases(case)
     backend = BACKENDS[baseline]
     calls = [as_call(f, inputs, direction, options, mode) for f in (ours, BASELINE[mode])]
+    calls += [as_call(ours, *draw(plain, dtype, device), mode) for plain in plains]
     with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
         try:
             calls[1]()
@@ -141,6 +158,10 @@ def run_case(
             raise BackendRefuses(str(error)) from error
         timing = interleave(calls, seconds, device)
     middle, low, high = timing.speedup()
+    costs = []
+    for i, plain in enumerate(plains, start=2):
+        scores = plain.touched_scores() / case.touched_scores()
+        costs.append(OptionCost(plain.name, *(scores * x - 1 for x in timing.speedup(i, 0))))
     flops = case.flops(mode) / timing.best(0)
     cache_bytes = sum(x.numel() * x.element_size() for x in inputs[1:])
     shares = [cache_bytes / timing.best(i) / bandwidth if case.group == "decode" else None for i in range(2)]
@@ -163,4 +184,5 @@ def run_case(
         error_ours=worst_error(ours, inputs, direction, options, mode) if comparable else None,
         error_torch=worst_error(BASELINE[mode], inputs, direction, options, mode) if comparable else None,
         rounds=len(timing.rounds),
+        option_costs=costs,
     )
