@@ -148,7 +148,7 @@ struct ForwardStages {
     } else {
       raise_maximum(span.begin, span.end, tile.factor, tile.scores, maximum);
     }
-    tile.rescaled = settle_maximum(old_maximum, maximum, block.rescale + tile.offset);
+    tile.rescaled = settle_maximum<Stored>(old_maximum, maximum, block.rescale + tile.offset);
     ask.ask();
     return true;
   }
@@ -233,11 +233,7 @@ struct ForwardStages {
     float* out = block.out + tile.offset * value_dim;
     const float* rescale = block.rescale + tile.offset;
     bool& has_output = block.has_output[tile.offset / kAmxLanes];
-    if (tile.rescaled && has_output) {
-      for (int64_t i = 0; i < value_dim * kAmxLanes; i += kLanes<float>) {
-        store(out + i, load(out + i) * load(rescale + i % kAmxLanes));
-      }
-    }
+    if (tile.rescaled != 0 && has_output) rescale_output(tile.rescaled, rescale, value_dim, out);
     const TileOperand value_operand = tile.keys->value_columns.from_depth(tile.span.begin);
     const TileOperand weight_operand{block.weights, kAmxLanes * 4, kTileDepth / 2 * kAmxLanes * 4,
                                      kAmxKeys * kAmxLanes * 2};

@@ -63,7 +63,7 @@ struct ForwardTile {
   float* scores;    // [key][lane], divided by factor
   uint32_t* words;  // of dropout, from span.begin on
   float factor;
-  bool rescaled;          // see settle_maximum
+  uint32_t rescaled;      // see settle_maximum
   const char* next_mask;  // the element that the next tile's mask starts with
 };
 

@@ -25,21 +25,35 @@ TA_NOINLINE inline void raise_maximum(int64_t begin, int64_t end, float factor, 
   }
 }
 
-// How far (as a logarithm) weights may exceed 1 before the maximum that is subtracted from the scores is moved.
-constexpr float kMaximumSlack = 8.0f;
+// How far (as a logarithm) weights may exceed 1 before the maximum that is subtracted from the scores is moved. None in
+// bfloat16, where a row's largest weight is then 1 and not rounded: with 8, output errs by 1.00 to 1.04 times PyTorch's
+// error (root mean square), now by 0.98 to 1.0, and the forward pass is 3 to 10 % faster. Pieces are exact enough.
+template <class Stored>
+constexpr float kMaximumSlack = kPiecesOf<Stored> == 1 ? 0.0f : 8.0f;
 
 // Keeps the old maximum where the new one is hardly larger: any number near the maximum serves as well, and with it the
-// output so far stays as it is. Sets rescale[lane], what the output is multiplied by; false if that is 1 everywhere.
-TA_INLINE bool settle_maximum(const float* old_maximum, float* maximum, float* rescale) {
-  bool changed = false;
+// output so far stays as it is. Sets rescale[lane], what the output is multiplied by; returns a bit for each vector of
+// lanes in which that is not 1 everywhere.
+template <class Stored>
+TA_INLINE uint32_t settle_maximum(const float* old_maximum, float* maximum, float* rescale) {
+  uint32_t changed = 0;
   for (int n = 0; n < kAmxVectors; ++n) {
     const Vec<float> before = load(old_maximum + n * kLanes<float>), highest = load(maximum + n * kLanes<float>);
-    const Vec<float> now = highest > before + kMaximumSlack ? highest : before;
+    const Vec<float> now = highest > before + kMaximumSlack<Stored> ? highest : before;
     store(maximum + n * kLanes<float>, now);
     store(rescale + n * kLanes<float>, OnlineSoftmax<VectorMath<float>>::rescale(before, now));
-    changed = changed || _mm512_cmp_ps_mask(before, now, _CMP_NEQ_UQ) != 0;
+    if (_mm512_cmp_ps_mask(before, now, _CMP_NEQ_UQ) != 0) changed |= 1u << n;
   }
   return changed;
+}
+
+// A panel's output, [column][lane], times rescale[lane] in the vectors that changed.
+TA_NOINLINE inline void rescale_output(uint32_t changed, const float* rescale, int64_t columns, float* out) {
+  for (int n = 0; n < kAmxVectors; ++n) {
+    if ((changed >> n & 1) == 0) continue;
+    const Vec<float> factor = load(rescale + n * kLanes<float>);
+    for (int64_t i = n * kLanes<float>; i < columns * kAmxLanes; i += kAmxLanes) store(out + i, load(out + i) * factor);
+  }
 }
 
 // Scores (divided by factor) of keys [begin, end) become weights, stored as the pairs of a B operand that starts at key

@@ -265,7 +265,7 @@ struct AmxSoftmaxWeights {
       raise_maximum(span.begin, span.end, factor, task.scores, maximum);
     }
     prefetch_next_bias(stage.mask_rows, task.row, task.rows, offset, kAmxLanes, key, all_keys);
-    const bool rescaled = settle_maximum(task.old_maximum, maximum, task.rescale);
+    const uint32_t rescaled = settle_maximum<BFloat16>(task.old_maximum, maximum, task.rescale);
     __builtin_memcpy(subtracted, maximum, kAmxLanes * sizeof(float));
 
     const bool with_output = outputs.out.defined();
@@ -279,10 +279,7 @@ struct AmxSoftmaxWeights {
     }
     if (!with_output) return;
     float* out = task.out + offset * value_columns;
-    if (rescaled) {
-      for (int64_t i = 0; i < value_columns * kAmxLanes; i += kLanes<float>)
-        store(out + i, load(out + i) * load(task.rescale + i % kAmxLanes));
-    }
+    if (rescaled != 0) rescale_output(rescaled, task.rescale, value_columns, out);
     const TileOperand value_operand{values + span.begin, kKeys * 2, kTileDepth * 2};
     const TileOperand weight_operand{pairs + span.begin * kAmxLanes, kAmxLanes * 4, kTileDepth / 2 * kAmxLanes * 4};
     tile_product<true>(value_columns / kTileSide, kAmxVectors, (span.end - span.begin) / kTileDepth, value_operand,
