@@ -41,6 +41,27 @@ struct ExpConstants<double> {
       2.7630379812409104754e-7, 2.4999973124174449886e-8};
 };
 
+// log(2^k · (1 + f)) by atanh: with s = f / (2 + f), log(1 + f) = 2s + 2s³/3 + …; the minimax coefficients are
+// fdlibm's e_log.c and FreeBSD's e_logf.c.
+template <class Real>
+struct LogConstants;
+
+template <>
+struct LogConstants<float> {
+  static constexpr int32_t kOne = 0x3F800000, kHalfSqrt2 = 0x3F3504F3, kMantissa = 0x007FFFFF;
+  static constexpr float kLn2High = 6.9313812256e-01f, kLn2Low = 9.0580006145e-06f;
+  static constexpr float kPolynomial[] = {0.66666662693f, 0.40000972152f, 0.28498786688f, 0.24279078841f};
+};
+
+template <>
+struct LogConstants<double> {
+  static constexpr int64_t kOne = 0x3FF0000000000000, kHalfSqrt2 = 0x3FE6A09E00000000, kMantissa = 0x000FFFFFFFFFFFFF;
+  static constexpr double kLn2High = 6.93147180369123816490e-01, kLn2Low = 1.90821492927058770002e-10;
+  static constexpr double kPolynomial[] = {6.666666666666735130e-01, 3.999999999940941908e-01, 2.857142874366239149e-01,
+                                           2.222219843214978396e-01, 1.818357216161805012e-01, 1.531383769920937332e-01,
+                                           1.479819860511658591e-01};
+};
+
 template <class RealType>
 struct VectorMath {
   using Real = RealType;
@@ -95,8 +116,27 @@ struct VectorMath {
     return (Value)((Int)magnitude | sign);
   }
 
-  // Once a row, so lane by lane.
+  // About 1 ulp, of positive normal numbers.
+  static TA_INLINE Value log_of_normal(Value x) {
+    using Log = LogConstants<Real>;
+    constexpr int kBits = Constants::kMantissaBits;
+    const Int one = splat_int<Real>(Log::kOne), low = splat_int<Real>(Log::kHalfSqrt2);
+    const Int shifted = (Int)x + (one - low);
+    const Value exponent = __builtin_convertvector((shifted >> kBits) - (one >> kBits), Value);
+    const Value f = (Value)((shifted & splat_int<Real>(Log::kMantissa)) + low) - splat(1);
+    const Value s = f / (f + splat(2)), z = s * s, half_square = f * f * splat(Real(0.5));
+    constexpr int kTerms = sizeof(Log::kPolynomial) / sizeof(Real);
+    Value rest = splat(Log::kPolynomial[kTerms - 1]);
+#pragma GCC unroll 8
+    for (int i = kTerms - 2; i >= 0; --i) rest = rest * z + splat(Log::kPolynomial[i]);
+    const Value series = s * (half_square + rest * z) + exponent * splat(Log::kLn2Low);
+    return series - half_square + f + exponent * splat(Log::kLn2High);
+  }
+  // Of any: lane by lane if one is not such a number. Once a row, yet that took 1 % of bfloat16's forward pass.
   static TA_INLINE Value log(Value x) {
+    constexpr Real kSmallest = sizeof(Real) == 4 ? static_cast<Real>(__FLT_MIN__) : static_cast<Real>(__DBL_MIN__);
+    const Int usual = (x >= splat(kSmallest)) & (x < splat(static_cast<Real>(__builtin_inf())));
+    if (lane_bits(~usual) == 0) return log_of_normal(x);
     for (int i = 0; i < kLanes<Real>; ++i) x[i] = log(x[i]);
     return x;
   }
