@@ -85,8 +85,8 @@ def main() -> None:
         print(f"{limit['place']}: peak {fma:.0f} GFLOP/s, memory {read:.1f} GB/s")
     for name, mean in report.geometric_means(results).items():
         print(f"geometric mean, {name}: {mean:.2f}x")
-    for name, cost in report.option_costs(results).items():
-        print(f"cost over plain, {name}: {100 * cost:.0f}%")
+    for name, result in report.options_of(results).items():
+        print(f"cost over plain, {name}: {report.format_cost(result)}")
     if args.name and results:
         report.write_plot(results, folder / f"{args.name}.png")
 

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import platform
-import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -44,24 +43,19 @@ def geometric_means(results: Iterable[Result]) -> dict[str, float]:
     return {name: math.exp(sum(map(math.log, s)) / len(s)) for name, s in groups.items()}
 
 
-def option_costs(results: list[Result]) -> dict[str, float]:
-    """What options cost us: the time for a block of scores that is touched, over the plain case's in the same run, less
-    1. The name of a case with an option ends with that of its plain case. A window has another one, ``Case.plain``:
-    what each row's reading and writing costs is spread over as many keys there, not over all."""
-    cases = {case.name: case for case in CASES}
+def options_of(results: Iterable[Result]) -> dict[str, Result]:
+    """The results of cases with an option whose cost was measured, by what they were measured over."""
+    plain = {case.name: case.plain for case in CASES}
+    return {
+        f"{r.case} over {plain[r.case]}, {r.dtype} {r.mode} {against(r)}": r
+        for r in results
+        if r.option_cost is not None
+    }
 
-    def seconds_per_block(r: Result) -> float:
-        return cases[r.case].visible_share() / cases[r.case].touched_share() / r.gflops
 
-    costs = {}
-    for r in results:
-        for plain in results:
-            same = (plain.dtype, plain.mode, plain.threads, plain.baseline) == (r.dtype, r.mode, r.threads, r.baseline)
-            without = re.match(r"B\d", plain.case) and r.case.endswith(" " + plain.case)
-            if same and (without or plain.case == cases[r.case].plain):
-                cost = seconds_per_block(r) / seconds_per_block(plain) - 1
-                costs[f"{r.case} over {plain.case}, {r.dtype} {r.mode} {against(r)}"] = cost
-    return costs
+def format_cost(r: Result) -> str:
+    low, middle, high = (f"{100 * x:.0f}%" for x in (r.option_cost_low, r.option_cost, r.option_cost_high))
+    return f"{middle} ({low} to {high})"
 
 
 # What restricts the instruction sets of this library and of PyTorch's parts.
@@ -93,7 +87,7 @@ def write_json(results: list[Result], limits: list[dict[str, float | str]], path
         "machine": machine(),
         "limits": limits,
         "geometric_means": geometric_means(results),
-        "option_costs": option_costs(results),
+        "option_costs": {name: r.option_cost for name, r in options_of(results).items()},
         "results": [r.as_dict() for r in results],
     }
     path.write_text(json.dumps(document, indent=1) + "\n")
