@@ -85,9 +85,8 @@ def main() -> None:
         print(f"{limit['place']}: peak {fma:.0f} GFLOP/s, memory {read:.1f} GB/s")
     for name, mean in report.geometric_means(results).items():
         print(f"geometric mean, {name}: {mean:.2f}x")
-    for result in results:
-        for cost in report.format_costs(result):
-            print(f"cost over plain: {cost}")
+    for name, result in report.options_of(results).items():
+        print(f"cost over plain, {name}: {report.format_cost(result)}")
     if args.name and results:
         report.write_plot(results, folder / f"{args.name}.png")
 

@@ -33,7 +33,7 @@ class Case:
     draw: Callable[[Case, torch.dtype], dict[str, Any]] | None = None
     group: str = "shapes"
     forward_only: bool = False
-    plain: str = ""  # a case without the option that has as many blocks of scores
+    plain: str = ""  # the case without the option, in turn with which its cost is measured
 
     def visible_share(self) -> float:
         """The share of the (L, S) scores that are computed by a kernel that skips what is masked by position."""
@@ -57,6 +57,9 @@ class Case:
 
     def touched_scores(self) -> float:
         return self.batch * self.heads * self.query_length * self.key_length * self.touched_share()
+
+    def plain_case(self) -> Case | None:
+        return next(case for case in CASES if case.name == self.plain) if self.plain else None
 
     def flops(self, mode: str) -> float:
         """Multiply-adds count two."""
@@ -129,6 +132,11 @@ def with_causal(*cases: Case) -> list[Case]:
     return [c for pair in zip(cases, causal, strict=True) for c in pair]
 
 
+def with_option(option: str, plain: str, *shape: int, **rest: Any) -> Case:
+    """The case called ``plain`` with an option of the group "masks"."""
+    return Case(f"{option} {plain}", *shape, group="masks", plain=plain, **rest)
+
+
 CASES = [
     *with_causal(
         Case("B1 H8 L16 D64", 1, 8, 16, 16, 64, group="small"),
@@ -145,13 +153,18 @@ CASES = [
         *(Case(f"B1 H8 L1024 D{d}", 1, 8, 1024, 1024, d, group="dims") for d in (32, 80, 96, 256)),
         Case("GQA 32/8 B1 L1024 D128", 1, 32, 1024, 1024, 128, kv_heads=8, group="gqa"),
     ),
-    Case("B4 H8 L1024 D64", 4, 8, 1024, 1024, 64, group="masks"),  # what key padding's cost is measured against
-    Case("key padding B4 H8 L1024 D64", 4, 8, 1024, 1024, 64, draw=key_padding, group="masks"),
-    Case("bool mask B1 H8 L2048 D64", 1, 8, 2048, 2048, 64, draw=bool_mask, group="masks"),
-    Case("causal as bool mask B1 H8 L2048 D64", 1, 8, 2048, 2048, 64, draw=causal_as_mask, group="masks"),
-    Case("float mask (L, S) B1 H8 L2048 D64", 1, 8, 2048, 2048, 64, draw=shared_float_mask, group="masks"),
-    Case("float mask B1 H8 L2048 D64", 1, 8, 2048, 2048, 64, draw=float_mask, group="masks"),
-    Case("dropout 0.1 B1 H8 L2048 D64", 1, 8, 2048, 2048, 64, options={"dropout_p": 0.1}, group="masks"),
+    Case("B4 H8 L1024 D64", 4, 8, 1024, 1024, 64, group="masks"),
+    with_option("key padding", "B4 H8 L1024 D64", 4, 8, 1024, 1024, 64, draw=key_padding),
+    *(
+        with_option(option, "B1 H8 L2048 D64", 1, 8, 2048, 2048, 64, draw=draw)
+        for option, draw in (
+            ("bool mask", bool_mask),
+            ("causal as bool mask", causal_as_mask),
+            ("float mask (L, S)", shared_float_mask),
+            ("float mask", float_mask),
+        )
+    ),
+    with_option("dropout 0.1", "B1 H8 L2048 D64", 1, 8, 2048, 2048, 64, options={"dropout_p": 0.1}),
     Case(
         "window 1024 B1 H1 L16384 D64",
         1,
@@ -161,7 +174,7 @@ CASES = [
         64,
         options={"is_causal": True, "window_left": 1024},
         group="long",
-        plain="B1 H1 Lq16384 Lk1056 D64",
+        plain="B1 H1 Lq16384 Lk1056 D64",  # not all keys: reading and writing a row is spread over as many of them
     ),
     Case("B1 H1 Lq16384 Lk1056 D64", 1, 1, 16384, 1056, 64, group="long"),
     *(
@@ -173,9 +186,3 @@ CASES = [
         for n in (1, 4)
     ),
 ]
-
-
-def plain_cases(case: Case) -> list[Case]:
-    """What the cost of a case's options is measured against: the case that its name ends with and, for a window,
-    ``Case.plain``, where what each row's reading and writing costs is spread over as many keys, not over all."""
-    return [c for c in CASES if c.name == case.plain or (c.name[:1] == "B" and case.name.endswith(f" {c.name}"))]

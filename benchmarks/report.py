@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from .cases import CASES
 from .run import Result
 
 COLUMNS = ("case", "dtype", "mode", "against", "speedup (quartiles)", "% of limit", "error ours/torch")
@@ -42,12 +43,19 @@ def geometric_means(results: Iterable[Result]) -> dict[str, float]:
     return {name: math.exp(sum(map(math.log, s)) / len(s)) for name, s in groups.items()}
 
 
-def format_costs(r: Result) -> list[str]:
-    return [
-        f"{100 * c.cost:.0f}% ({100 * c.cost_low:.0f} to {100 * c.cost_high:.0f}) {r.case} over {c.plain}, "
-        f"{r.dtype} {r.mode} {against(r)}"
-        for c in r.option_costs
-    ]
+def options_of(results: Iterable[Result]) -> dict[str, Result]:
+    """The results of cases with an option whose cost was measured, by what they were measured over."""
+    plain = {case.name: case.plain for case in CASES}
+    return {
+        f"{r.case} over {plain[r.case]}, {r.dtype} {r.mode} {against(r)}": r
+        for r in results
+        if r.option_cost is not None
+    }
+
+
+def format_cost(r: Result) -> str:
+    low, middle, high = (f"{100 * x:.0f}%" for x in (r.option_cost_low, r.option_cost, r.option_cost_high))
+    return f"{middle} ({low} to {high})"
 
 
 # What restricts the instruction sets of this library and of PyTorch's parts.
@@ -79,6 +87,7 @@ def write_json(results: list[Result], limits: list[dict[str, float | str]], path
         "machine": machine(),
         "limits": limits,
         "geometric_means": geometric_means(results),
+        "option_costs": {name: r.option_cost for name, r in options_of(results).items()},
         "results": [r.as_dict() for r in results],
     }
     path.write_text(json.dumps(document, indent=1) + "\n")

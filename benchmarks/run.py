@@ -1,4 +1,4 @@
-"""Runs one case: ours and PyTorch's in turn, with accuracy beside speed."""
+"""Runs one case: ours and PyTorch's in turn, and ours without the case's option; with accuracy beside speed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .cases import Case, ours, plain_cases, torchs, torchs_math
-from .measure import interleave
+from .cases import Case, ours, torchs, torchs_math
+from .measure import Timing, interleave
 
 Attention = Callable[..., Tensor]
 
@@ -28,17 +28,6 @@ BACKENDS = {
 
 class BackendRefuses(RuntimeError):
     """PyTorch's backend does not serve the case; the text says why."""
-
-
-@dataclass(frozen=True)
-class OptionCost:
-    """What a case's options cost us: the time for a score that is touched, over that of a plain call of ours in the
-    same rounds, less 1. The median of the rounds, with the quartiles as spread."""
-
-    plain: str
-    cost: float
-    cost_low: float
-    cost_high: float
 
 
 @dataclass(frozen=True)
@@ -63,7 +52,10 @@ class Result:
     error_ours: float | None
     error_torch: float | None
     rounds: int
-    option_costs: list[OptionCost]
+    # Of a case with an option: what it costs us over ``Case.plain``, as a share of that.
+    option_cost: float | None = None
+    option_cost_low: float | None = None
+    option_cost_high: float | None = None
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -102,14 +94,6 @@ COMPUTE = {
 BASELINE = {"forward": torchs, "forward+backward": torchs, "jvp": torchs_math, "double backward": torchs_math}
 
 
-def draw(case: Case, dtype: torch.dtype, device: str) -> tuple[list[Tensor], Tensor, dict]:
-    """Query, key and value; a direction of the output; options."""
-    inputs = [x.to(device) for x in case.inputs(dtype)]
-    direction = torch.randn(case.batch, case.heads, case.query_length, case.head_dim).to(dtype).to(device)
-    options = {n: x.to(device) if isinstance(x, Tensor) else x for n, x in case.kwargs(dtype).items()}
-    return inputs, direction, options
-
-
 def as_call(
     attention: Attention, inputs: list[Tensor], direction: Tensor, options: dict, mode: str
 ) -> Callable[[], object]:
@@ -130,6 +114,14 @@ def worst_error(attention: Attention, inputs: list[Tensor], direction: Tensor, o
     return max((a.double() - e).abs().max().item() for a, e in zip(actual, exact, strict=True))
 
 
+def option_cost(case: Case, plain: Case, timing: Timing, contender: int) -> tuple[float, float, float]:
+    """Our time for a block of scores that is touched over that of the plain call (``contender``) in the same round,
+    less 1: median and quartiles."""
+    scores = plain.touched_scores() / case.touched_scores()
+    middle, low, high = timing.speedup(contender, baseline=0)
+    return middle * scores - 1, low * scores - 1, high * scores - 1
+
+
 def run_case(
     case: Case,
     dtype: torch.dtype,
@@ -144,11 +136,20 @@ def run_case(
     """peak and bandwidth: operations and bytes a second. Raises BackendRefuses."""
     torch.manual_seed(0)
 
-    inputs, direction, options = draw(case, dtype, device)
-    plains = plain_cases(case)
+    def moved(x: object) -> object:
+        return x.to(device) if isinstance(x, Tensor) else x
+
+    def drawn(of: Case) -> tuple[list[Tensor], Tensor]:
+        inputs = [x.to(device) for x in of.inputs(dtype)]
+        return inputs, torch.randn(of.batch, of.heads, of.query_length, of.head_dim).to(dtype).to(device)
+
+    inputs, direction = drawn(case)
+    options = {name: moved(x) for name, x in case.kwargs(dtype).items()}
     backend = BACKENDS[baseline]
     calls = [as_call(f, inputs, direction, options, mode) for f in (ours, BASELINE[mode])]
-    calls += [as_call(ours, *draw(plain, dtype, device), mode) for plain in plains]
+    plain = case.plain_case()
+    if plain:
+        calls.append(as_call(ours, *drawn(plain), {}, mode))
     with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
         try:
             calls[1]()
@@ -156,15 +157,12 @@ def run_case(
             if backend is None:
                 raise
             raise BackendRefuses(str(error)) from error
-        timing = interleave(calls, seconds, device)
+        timing = interleave(calls, seconds * len(calls) / 2, device)  # as much for each call, be they two or three
     middle, low, high = timing.speedup()
-    costs = []
-    for i, plain in enumerate(plains, start=2):
-        scores = plain.touched_scores() / case.touched_scores()
-        costs.append(OptionCost(plain.name, *(scores * x - 1 for x in timing.speedup(i, 0))))
     flops = case.flops(mode) / timing.best(0)
     cache_bytes = sum(x.numel() * x.element_size() for x in inputs[1:])
     shares = [cache_bytes / timing.best(i) / bandwidth if case.group == "decode" else None for i in range(2)]
+    cost, cost_low, cost_high = option_cost(case, plain, timing, 2) if plain else (None, None, None)
     comparable = with_accuracy and "dropout_p" not in options
     return Result(
         case=case.name,
@@ -184,5 +182,7 @@ def run_case(
         error_ours=worst_error(ours, inputs, direction, options, mode) if comparable else None,
         error_torch=worst_error(BASELINE[mode], inputs, direction, options, mode) if comparable else None,
         rounds=len(timing.rounds),
-        option_costs=costs,
+        option_cost=cost,
+        option_cost_low=cost_low,
+        option_cost_high=cost_high,
     )
