@@ -133,6 +133,20 @@ CASES = [
     Case("decode_blocks", heads=4, kv_heads=2, query_length=3, key_length=600, head_dim=64, value_dim=64),
     Case("decode_two_tiles_of_rows", heads=8, kv_heads=2, query_length=7, key_length=330, head_dim=96, value_dim=128),
     Case("decode_16_rows", query_length=16, key_length=300, head_dim=64, value_dim=64, options=CAUSAL),
+    # float16 in pieces on AMX (decode_pieces.h): blocks of 512 keys that all rows attend and that some do, strided
+    # rows, values unlike keys; 8 and 16 rows to a tile.
+    Case(
+        "decode_in_pieces",
+        heads=4,
+        kv_heads=4,
+        query_length=8,
+        key_length=1600,
+        head_dim=32,
+        value_dim=128,
+        layout="heads_inside",
+        options=CAUSAL | {"causal_alignment": "bottom_right", "window_left": 1400},
+    ),
+    Case("decode_groups_in_pieces", heads=6, kv_heads=2, query_length=5, key_length=1087, head_dim=96, value_dim=64),
     # More than 8 MiB of float32: 9 to 16 rows decode, too.
     Case(
         "decode_cache_in_memory",

@@ -24,16 +24,20 @@ constexpr int64_t kSplitKeys = 512;  // fewest keys per piece
 // in L2.
 constexpr int64_t kCacheInMemory = int64_t{8} << 20;  // bytes of keys and values
 
+TA_INLINE bool comes_from_memory(const AttentionProblem& p) {
+  return p.batch * p.kv_heads * p.key_length * (p.head_dim + p.value_dim) * element_size(p.dtype) >= kCacheInMemory;
+}
+
 template <class Real>
 TA_INLINE bool suits_decoding(const AttentionProblem& p) {
   if (p.query_length <= kDecodeRows<Real>) return true;
   if (TA_VECTOR_BYTES < 64 || sizeof(Real) != 4 || p.group_size() * p.query_length > 2 * kDecodeRows<Real>)
     return false;
-  const int64_t bytes = p.batch * p.kv_heads * p.key_length * (p.head_dim + p.value_dim) * element_size(p.dtype);
-  return bytes >= kCacheInMemory;
+  return comes_from_memory(p);
 }
 
-// Products: DecodeVectors, or those of bfloat16/. A block has Products::kKeys keys.
+// Products: DecodeVectors, or those of bfloat16/. A block has Products::kKeys keys. Those that weigh (kWeighs) ask for
+// lines themselves, and take the softmax of blocks that all rows attend alike in their own layout.
 template <class Products>
 struct Decode {
   using Real = typename Products::Real;
@@ -48,8 +52,9 @@ struct Decode {
   int64_t group, rows, all_rows;  // rows: of all heads of a group; all_rows: padded
   int64_t value_dim;              // padded
   int64_t pieces, piece_keys;
-  int64_t state_size;      // of one row: maximum, sum, output
-  Real* states = nullptr;  // [batch · kv head][piece][row][state], if pieces > 1
+  int64_t state_size;        // of one row: maximum, sum, output
+  Real* states = nullptr;    // [batch · kv head][piece][row][state], if pieces > 1
+  bool* infinite = nullptr;  // set where numbers in pieces are: the results are of no use
 
   Decode(const AttentionProblem& problem, const ForwardOutputs& out, int64_t threads)
       : p(problem),
@@ -83,14 +88,26 @@ struct Decode {
       start(state + row * state_size, batch, head_of(kv_head, row < rows ? row : 0), piece == 0);
       rescale[row] = 1;
     }
-    const KeyRange any = band_mask_of_selected_rows(p, batch).keys_of_any(0, p.query_length);
+    const BandMask band = band_mask_of_selected_rows(p, batch);
+    const KeyRange any = band.keys_of_any(0, p.query_length), all = band.keys_of_all(0, p.query_length);
+    const bool plain = p.softcap == 0 && !p.alibi_slopes.defined() && !p.attn_mask.defined() && p.dropout_p == 0 &&
+                       p.scale > 0;  // as ScoreStage::leave_dots_raw
     const int64_t begin = larger(piece * piece_keys, any.begin), end = smaller((piece + 1) * piece_keys, any.end);
     for (int64_t key = begin; key < end; key += kKeys) {
       const int64_t keys = smaller(kKeys, end - key);
       // Each product asks memory for what the next one reads.
       LinesAhead values_ahead(p.value, batch, kv_head, key, keys, p.value_dim);
       LinesAhead keys_ahead(p.key, batch, kv_head, key + keys, smaller(kKeys, end - key - keys), p.head_dim);
-      products.dots(key, keys, scores, values_ahead);
+      if constexpr (Products::kWeighs) {
+        products.dots(key, keys, scores, plain && all.begin <= key && all.end >= key + keys);
+        if (products.weighs) {
+          products.weigh(keys, rescale, state, state_size);
+          products.combine(key, keys, scores, rescale, state + 2 * kLaneCount, state_size);
+          continue;
+        }
+      } else {
+        products.dots(key, keys, scores, values_ahead);
+      }
       if constexpr (Products::kAsksBesideSoftmax) {
         values_ahead.divide(rows);
         keys_ahead.divide(5 * rows);  // the rest beside the values
@@ -104,7 +121,14 @@ struct Decode {
         rescale[row] = add_keys(stage, batch, head_of(kv_head, row), row % p.query_length, key, keys,
                                 scores + row * kKeys, bias, state + row * state_size);
       }
-      products.combine(key, keys, scores, rescale, state + 2 * kLaneCount, state_size, keys_ahead);
+      if constexpr (Products::kWeighs) {
+        products.combine(key, keys, scores, rescale, state + 2 * kLaneCount, state_size);
+      } else {
+        products.combine(key, keys, scores, rescale, state + 2 * kLaneCount, state_size, keys_ahead);
+      }
+    }
+    if constexpr (Products::kWeighs) {
+      if (products.has_infinite()) __atomic_store_n(infinite, true, __ATOMIC_RELAXED);  // as other threads may
     }
     if (pieces > 1) return;
     for (int64_t row = 0; row < rows; ++row)
@@ -208,16 +232,20 @@ struct Decode {
   }
 };
 
+// Returns whether the results stand, see Decode::infinite.
 template <class Products>
-void decode_with(const AttentionProblem& problem, const ForwardOutputs& outputs, const Parallel& parallel) {
+bool decode_with(const AttentionProblem& problem, const ForwardOutputs& outputs, const Parallel& parallel) {
   using Real = typename Products::Real;
   Decode<Products> decode(problem, outputs, parallel.threads < 1 ? 1 : parallel.threads);
+  bool infinite = false;
+  decode.infinite = &infinite;
   Scratch shared;
   if (decode.pieces > 1) decode.states = shared.take<Real>(decode.items() * decode.all_rows * decode.state_size);
   for_each_item(parallel, decode.items(), [&](int64_t item, Scratch& scratch) { decode.run(item, scratch); });
   if (decode.pieces > 1) {
     for_each_item(parallel, problem.batch * problem.kv_heads, [&](int64_t item, Scratch&) { decode.merge(item); });
   }
+  return !infinite;
 }
 
 template <class Real>

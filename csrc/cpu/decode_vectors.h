@@ -170,6 +170,7 @@ struct DecodeVectors {
   static constexpr int kLaneCount = kLanes<Real>;
   static constexpr int64_t kKeys = kDecodeKeys;
   static constexpr bool kAsksBesideSoftmax = false;
+  static constexpr bool kWeighs = false;
   static constexpr int64_t kRowGranule = 1;
   static constexpr int64_t kColumnGranule = kLaneCount;
 

@@ -77,6 +77,38 @@ def test_an_infinite_key_is_not_attended_where_its_score_is_minus_infinity() -> 
     torch.testing.assert_close(out, torch_attn.attention(query, key[:, :, kept], value[:, :, kept]))
 
 
+# Rows that share a tile with their second pieces, that do not, and two tiles of them; a block of keys and parts of one.
+@pytest.mark.parametrize("heads, rows, keys", [(1, 6, 1200), (4, 4, 700), (2, 12, 1024)])
+def test_decoding_in_pieces_errs_no_more_than_torchs_kernel(heads: int, rows: int, keys: int) -> None:
+    query = torch.randn(1, 2 * heads, rows, 64).half()
+    key, value = (torch.randn(1, 2, keys, 64).half() for _ in range(2))
+    whole = [x.repeat_interleave(heads, 1) for x in (key, value)]
+    exact = F.scaled_dot_product_attention(query.double(), *(x.double() for x in whole))
+    ours, torchs = (
+        root_mean_square(out.double() - exact)
+        for out in (
+            torch_attn.attention(query, key, value, enable_gqa=True),
+            F.scaled_dot_product_attention(query, *whole),
+        )
+    )
+    assert ours <= 1.02 * torchs
+
+
+@pytest.mark.parametrize("place", ["query", "key", "value"])
+@pytest.mark.parametrize("number", [torch.inf, -torch.inf, torch.nan])
+def test_decoding_in_pieces_leaves_infinite_numbers_to_vectors(number: float, place: str) -> None:
+    inputs = {name: torch.randn(1, 2, rows, 64).half() for name, rows in (("query", 8), ("key", 1100), ("value", 1100))}
+    inputs[place][0, 0, 3, 9] = number
+    outs = {}
+    for isa in ("avx512", "amx"):
+        torch.ops.torch_attn.force_cpu_isa(isa)
+        try:
+            outs[isa] = torch_attn.attention(*inputs.values())
+        finally:
+            torch.ops.torch_attn.force_cpu_isa("")
+    torch.testing.assert_close(outs["amx"], outs["avx512"], rtol=0, atol=0, equal_nan=True)
+
+
 def test_short_calls_are_left_to_vectors_unless_amx_is_forced() -> None:
     """Sums in another order, whose last bits differ, tell which kernel ran."""
     ops = torch.ops.torch_attn

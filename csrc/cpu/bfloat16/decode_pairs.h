@@ -98,6 +98,7 @@ struct DecodePairs {
   using Real = float;
   static constexpr int64_t kKeys = kDecodeKeys;
   static constexpr bool kAsksBesideSoftmax = false;
+  static constexpr bool kWeighs = false;
   static constexpr int64_t kRowGranule = 1;
   static constexpr int64_t kColumnGranule = kHalfLanes;
 

@@ -18,6 +18,7 @@ struct DecodeTiles {
   static constexpr int64_t kGroup = 64;  // keys, or columns of values, whose sums are in tiles at once
   // What the next products read is asked for beside the softmax, too, whose time grows with the rows.
   static constexpr bool kAsksBesideSoftmax = true;
+  static constexpr bool kWeighs = false;
 
   // With fewer rows vectors read faster. A panel of forward.h has 32 rows.
   static bool suits(int64_t query_length, int64_t group) {

@@ -4,6 +4,7 @@
 
 #include "decode_pairs.h"
 #if defined(__AMX_BF16__)
+#include "decode_pieces.h"
 #include "decode_tiles.h"
 #endif
 #include "forward.h"
@@ -43,13 +44,26 @@ static void forward(const AttentionProblem& p, const ForwardOutputs& outputs, co
     case ScalarType::kBFloat16:
       if (suits(p, 1, kFewestKeys)) {
 #if defined(__AMX_BF16__)
-        if (DecodeTiles::suits(p.query_length, p.group_size())) return decode_with<DecodeTiles>(p, outputs, parallel);
+        if (DecodeTiles::suits(p.query_length, p.group_size())) {
+          decode_with<DecodeTiles>(p, outputs, parallel);
+          return;
+        }
 #endif
-        if (DecodePairs::suits(p.query_length)) return decode_with<DecodePairs>(p, outputs, parallel);
+        if (DecodePairs::suits(p.query_length)) {
+          decode_with<DecodePairs>(p, outputs, parallel);
+          return;
+        }
       }
       return forward_of<BFloat16>(p, outputs, parallel);
 #if defined(__AMX_BF16__)
     case ScalarType::kFloat16:
+      if (suits(p, 1, kFewestKeys) && DecodePieces<kTileSide>::suits(p)) {
+        const bool few = p.query_length * p.group_size() <= kTileSide / 2;
+        if (!(few ? decode_with<DecodePieces<kTileSide / 2>> : decode_with<DecodePieces<kTileSide>>)(p, outputs,
+                                                                                                     parallel))
+          kAvx512Kernels.forward(p, outputs, parallel);
+        return;
+      }
       return forward_of<Float16>(p, outputs, parallel);
     case ScalarType::kFloat32:
       return forward_of<float>(p, outputs, parallel);
