@@ -21,6 +21,11 @@ def pytest_report_header() -> str:
     return f"torch {torch.__version__}, instruction sets {isas}; inputs drawn with TORCH_ATTN_TEST_SEED={SESSION_SEED}"
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if terminalreporter.stats.get("failed"):
+        terminalreporter.line(f"inputs were drawn with TORCH_ATTN_TEST_SEED={SESSION_SEED}")
+
+
 @pytest.fixture(autouse=True)
 def seed(request: pytest.FixtureRequest) -> None:
     """Each test draws fresh inputs, from a seed that depends on the session's and on the test's name alone."""
