@@ -200,7 +200,8 @@ def assert_accurate(
     yardstick's own error happens to vanish, a few units in the last place of the accumulator are granted; in float64
     there is no yardstick but these. A gradient that sums over many rows, ALiBi's with the distances as factors, is
     granted what rounding each row's output adds up to at random. An output of rounded weights is judged by half a unit
-    in its last place at least: torch's errs by less where weights are 0 and 1, as its largest weight is 1 exactly.
+    in its last place at least: torch's errs by less where weights are 0 and 1, as its largest weight is 1 exactly. All
+    that follows from rounded weights is granted what a large logsumexp's last place is, up to the dtype's own.
 
     One measurement of the yardstick is a matter of luck in small calls, so a result that exceeds it is judged by the
     largest of several. Thousands of such comparisons, on numbers drawn anew in each run, leave no false alarm.
@@ -221,8 +222,10 @@ def assert_accurate(
             rounding = units + (eps if rows_summed > 1 else 0.0)
             granted += 3 * rounding * math.sqrt(rows_summed) * distance  # three standard deviations
         factor = gradient_factor if name.startswith("grad") else forward_factor
-        rounds = name == "out" and rounds_weights and dtype != accumulator
-        least = eps / 2 * largest(exact[name]) if rounds else 0.0
+        least = 0.0
+        if rounds_weights and dtype != accumulator:
+            granted += min(eps, torch.finfo(accumulator).eps * largest(exact["logsumexp"])) * largest(exact[name])
+            least = eps / 2 * largest(exact[name]) if name == "out" else 0.0
         return factor * max(torchs[name], least) + granted
 
     errors = {name: max_error(value, exact[name]) for name, value in actual.items()}
