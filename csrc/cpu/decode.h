@@ -88,10 +88,10 @@ struct Decode {
       start(state + row * state_size, batch, head_of(kv_head, row < rows ? row : 0), piece == 0);
       rescale[row] = 1;
     }
-    const BandMask band = band_mask_of_selected_rows(p, batch);
-    const KeyRange any = band.keys_of_any(0, p.query_length), all = band.keys_of_all(0, p.query_length);
-    const bool plain = p.softcap == 0 && !p.alibi_slopes.defined() && !p.attn_mask.defined() && p.dropout_p == 0 &&
-                       p.scale > 0;  // as ScoreStage::leave_dots_raw
+    const ScoreStage<Real> of_group(p, batch, head_of(kv_head, 0));  // whose band and kinds of options all heads share
+    const KeyRange any = of_group.band.keys_of_any(0, p.query_length);
+    const KeyRange all = of_group.band.keys_of_all(0, p.query_length);
+    const bool plain = of_group.only_scales() && p.dropout_p == 0;
     const int64_t begin = larger(piece * piece_keys, any.begin), end = smaller((piece + 1) * piece_keys, any.end);
     for (int64_t key = begin; key < end; key += kKeys) {
       const int64_t keys = smaller(kKeys, end - key);

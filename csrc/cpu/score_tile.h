@@ -61,9 +61,11 @@ struct ScoreStage {
   TA_INLINE bool changes_elements(const BiasTile<Real>& bias) const { return softcap || alibi || !bias.empty(); }
   // What dots are multiplied by as they leave the registers; softcap applies the scale itself.
   TA_INLINE Real dot_factor() const { return softcap || raw ? Real{1} : mod.scale; }
-  // Where nothing but the band changes scores, the scale can wait for the exponential, which multiplies anyway: from
-  // here on a tile holds score / score_factor().
-  TA_INLINE void leave_dots_raw() { raw = !softcap && !alibi && !mask && mod.scale > 0; }
+  // Whether nothing but the band and a positive scale changes scores.
+  TA_INLINE bool only_scales() const { return !softcap && !alibi && !mask && mod.scale > 0; }
+  // Then the scale can wait for the exponential, which multiplies anyway: from here on a tile holds score /
+  // score_factor().
+  TA_INLINE void leave_dots_raw() { raw = only_scales(); }
   TA_INLINE Real score_factor() const { return raw ? mod.scale : Real{1}; }
   // Whether score_tile may find a bias tile where it is to put the scores: one array less in the L1 cache. A boolean
   // mask's words serve many keys each.

@@ -59,9 +59,9 @@ static void forward(const AttentionProblem& p, const ForwardOutputs& outputs, co
     case ScalarType::kFloat16:
       if (suits(p, 1, kFewestKeys) && DecodePieces<kTileSide>::suits(p)) {
         const bool few = p.query_length * p.group_size() <= kTileSide / 2;
-        if (!(few ? decode_with<DecodePieces<kTileSide / 2>> : decode_with<DecodePieces<kTileSide>>)(p, outputs,
-                                                                                                     parallel))
-          kAvx512Kernels.forward(p, outputs, parallel);
+        const bool stands = few ? decode_with<DecodePieces<kTileSide / 2>>(p, outputs, parallel)
+                                : decode_with<DecodePieces<kTileSide>>(p, outputs, parallel);
+        if (!stands) kAvx512Kernels.forward(p, outputs, parallel);
         return;
       }
       return forward_of<Float16>(p, outputs, parallel);
